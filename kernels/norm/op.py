@@ -1,0 +1,46 @@
+"""RMSNorm with fp32 statistics and a hand-written backward that keeps one number a row beside the input.
+
+Shape letters: N rows (all leading dimensions together), D width.
+"""
+
+from typing import Any
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension, `x / sqrt(mean(x^2) + eps) * weight` (arXiv:1910.07467).
+
+    x [..., D] of any float dtype; weight_D [D]. Statistics and the product are taken in fp32 (fp64 for fp64 input); the
+    result has the shape and dtype of x. Raises ValueError if the width of x and weight_D differ.
+    """
+    if x.shape[-1:] != weight_D.shape:
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight_D.shape)}, the input's last dimension is {x.shape[-1]}"
+        )
+    return _RmsNorm.apply(x, weight_D, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_ND = x.to(wide)
+        rstd_N1 = x_ND.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, rstd_N1)
+        return (x_ND * rstd_N1).mul_(weight_D.to(wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x, weight_D, rstd_N1 = ctx.saved_tensors
+        wide = rstd_N1.dtype
+        grad = grads[0].to(wide)
+        normed = x.to(wide) * rstd_N1
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+        if ctx.needs_input_grad[0]:
+            scaled = grad * weight_D.to(wide)
+            inner = (scaled * normed).mean(-1, keepdim=True)
+            grad_x = normed.mul_(inner).sub_(scaled).mul_(rstd_N1).neg_().to(x.dtype)
+        return grad_x, grad_weight, None

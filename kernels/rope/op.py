@@ -1,0 +1,68 @@
+"""Rotary position embedding in the rotate-half convention (transformers' Mixtral), its inverse as the backward.
+
+Shape letters: B sequences, S positions, H heads, C head width, Z = C/2.
+"""
+
+from typing import Any
+
+import torch
+
+from ..norm import rms_norm
+
+
+def rope(
+    x_BSHC: torch.Tensor,
+    position_BS: torch.Tensor,
+    theta: float,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Optional RMSNorm of queries or keys, then rotary embedding (Su et al. 2021, arXiv:2104.09864).
+
+    x_BSHC [B, S, H, C], any float dtype; position_BS [B, S] integers; theta is the base of the frequencies
+    `theta^(-2i/C)`; norm_weight [C] norms each head, [H*C] the whole width. Inside all is fp32; the result has the
+    shape and dtype of x. Raises ValueError for an odd C or a norm_weight of another size.
+    """
+    H, C = x_BSHC.shape[-2:]
+    if C % 2:
+        raise ValueError(f"rope: the head width must be even, not {C}")
+    wide = torch.promote_types(x_BSHC.dtype, torch.float32)
+    if norm_weight is not None:
+        x_BSHC = _norm(x_BSHC, norm_weight, eps, H, C)
+    # Angles are taken in fp32 at least and never in the activations' dtype: bf16 cannot tell position 256 from 257.
+    frequency_Z = theta ** (torch.arange(0, C, 2, dtype=wide, device=x_BSHC.device) / -C)
+    angle_BS1Z = (position_BS[..., None] * frequency_Z)[:, :, None]
+    return _Rotate.apply(x_BSHC, angle_BS1Z.cos(), angle_BS1Z.sin())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _norm(x_BSHC: torch.Tensor, weight: torch.Tensor, eps: float, H: int, C: int) -> torch.Tensor:
+    if weight.numel() == C:
+        return rms_norm(x_BSHC, weight, eps)
+    if weight.numel() == H * C:
+        return rms_norm(x_BSHC.flatten(-2), weight, eps).view(x_BSHC.shape)
+    raise ValueError(
+        f"rope: norm_weight must have {C} (per head) or {H * C} (whole width) elements, not {weight.numel()}"
+    )
+
+
+def _rotate(x_BSHC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    x1, x2 = x_BSHC.to(cos.dtype).chunk(2, dim=-1)
+    out = torch.empty(x_BSHC.shape, dtype=cos.dtype, device=cos.device)
+    out1, out2 = out.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=sign)
+    return out.to(x_BSHC.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSHC: torch.Tensor, cos_BS1Z: torch.Tensor, sin_BS1Z: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos_BS1Z, sin_BS1Z)
+        return _rotate(x_BSHC, cos_BS1Z, sin_BS1Z, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        # A rotation's transpose is the rotation back.
+        cos_BS1Z, sin_BS1Z = ctx.saved_tensors
+        return _rotate(grads[0], cos_BS1Z, sin_BS1Z, -1.0), None, None

@@ -1,0 +1,5 @@
+"""SwiGLU activation."""
+
+from .op import swiglu
+
+__all__ = ["swiglu"]

@@ -1,0 +1,165 @@
+"""What a model is: frozen configs that validate themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .domains import DomainRegistry, build_registry
+
+ExpertIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose experts. `top_k` routes over all experts, the other two inside their domain's set."""
+
+    name: Literal["top_k", "domain_top_k", "rre"]
+    num_experts: int | None = None  # top_k: experts of a sparse layer
+    # domain routers: experts a domain (a number for all), or by name a number, expert ids, or ids for each sparse layer
+    sets: int | Mapping[str, int | ExpertIds | tuple[ExpertIds, ...]] | None = None
+    top_k: int = 2
+    renormalize: bool = True  # the chosen experts' weights sum to 1
+    balance: Literal["none", "loss", "bias"] = "loss"
+    balance_scope: Literal["sequence", "batch"] = "sequence"
+    auxiliary_loss: float = 0.01  # coefficient of the balance loss
+    z_loss: float = 0.0  # coefficient of mean(logsumexp^2) of the router's logits
+    bias_rate: float = 1e-3  # step of the selection bias, balance=bias
+    capacity_factor: float | None = None  # None: dropless
+    jitter: float = 0.0  # training: router input times uniform(1 - jitter, 1 + jitter)
+
+    def __post_init__(self) -> None:
+        if self.name == "top_k" and (self.num_experts is None or self.num_experts < 1 or self.sets is not None):
+            raise ValueError("router top_k needs num_experts of at least 1, and no sets")
+        if self.name != "top_k" and (self.sets is None or self.num_experts is not None):
+            raise ValueError(f"router {self.name} needs sets (experts of each domain), and no num_experts")
+        if isinstance(self.sets, int) and self.sets < 1:
+            raise ValueError(f"sets must be at least 1, got {self.sets}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.name == "top_k" and self.num_experts is not None and self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, but there are {self.num_experts} experts: lower top_k")
+        if self.name == "rre" and (self.top_k != 1 or self.balance != "none" or self.z_loss or self.jitter):
+            raise ValueError("router rre has no gate: top_k must be 1, balance none, z_loss 0, jitter 0")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor must be above 0 (or null for dropless), got {self.capacity_factor}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
+        if min(self.auxiliary_loss, self.z_loss, self.bias_rate) < 0:
+            raise ValueError("auxiliary_loss, z_loss and bias_rate must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer with dense and sparse layers."""
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int | None = None  # None: dim / num_heads
+    expert_dim: int
+    ffn_dim: int | None = None  # hidden width of dense layers; None: expert_dim
+    sparse_layers: str = "all"  # all, none, every:N (the N-th, 2N-th ...), upper:N (the last N)
+    qk_norm: Literal["none", "head", "width"] = "none"
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_embeddings: bool = False
+    embedding_slots: Mapping[str, int] = field(default_factory=dict)  # domain -> slot; others use slot 0
+    init_std: float = 0.02
+    router: RouterConfig
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "expert_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}: change one, or set head_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
+        if self.head_width < 2 or self.head_width % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_width}")
+        for name in ("head_dim", "ffn_dim", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 (or null), got {value}")
+        if self.norm_eps <= 0 or self.rope_theta <= 0 or self.init_std <= 0:
+            raise ValueError("norm_eps, rope_theta and init_std must be above 0")
+        _sparse_ids(self.sparse_layers, self.num_layers)
+        slots = set(self.embedding_slots.values()) | {0}
+        if slots != set(range(len(slots))):
+            raise ValueError(f"embedding_slots must use every slot from 0 on, got {sorted(slots)}")
+
+    @property
+    def head_width(self) -> int:
+        """C, the width of one head."""
+        return self.head_dim if self.head_dim is not None else self.dim // self.num_heads
+
+    @property
+    def dense_dim(self) -> int:
+        """Hidden width of the dense layers."""
+        return self.ffn_dim if self.ffn_dim is not None else self.expert_dim
+
+    @property
+    def num_slots(self) -> int:
+        """Number of embedding slots."""
+        return len(set(self.embedding_slots.values()) | {0})
+
+    @property
+    def sparse_layer_ids(self) -> tuple[int, ...]:
+        """Ids of the sparse layers, ascending."""
+        return _sparse_ids(self.sparse_layers, self.num_layers)
+
+    def build_registry(self, names: tuple[str, ...]) -> DomainRegistry:
+        """Give every domain of `names` its expert set and embedding slot; raise ValueError where they don't fit."""
+        sets = self.router.sets
+        if sets is None:
+            sets = dict.fromkeys(names, tuple(range(self.router.num_experts or 0)))
+        registry = build_registry(names, sets, len(self.sparse_layer_ids), self.embedding_slots)
+        check_registry(self, registry)
+        return registry
+
+
+def check_registry(config: ModelConfig, registry: DomainRegistry) -> None:
+    """Raise ValueError where `registry` does not fit `config`."""
+    for index, layer in enumerate(config.sparse_layer_ids):
+        for name, experts in zip(registry.names, _sets(registry, index, len(config.sparse_layer_ids))):
+            if config.router.top_k > len(experts):
+                raise ValueError(
+                    f"router.top_k is {config.router.top_k}, but domain {name!r} has {len(experts)} expert(s) in layer "
+                    f"{layer}: lower top_k or give it more experts"
+                )
+        used = {expert for experts in registry.sets(index) for expert in experts}
+        if used != set(range(len(used))):
+            gap = min(set(range(max(used))) - used)
+            raise ValueError(f"layer {layer}: expert {gap} belongs to no domain: number experts without gaps")
+    for domain in registry.domains:
+        if not 0 <= domain.slot < config.num_slots:
+            raise ValueError(f"domain {domain.name!r} uses embedding slot {domain.slot} of {config.num_slots}")
+
+
+def num_experts(registry: DomainRegistry, sparse_index: int) -> int:
+    """Number of experts of the `sparse_index`-th sparse layer."""
+    return 1 + max(expert for experts in registry.sets(sparse_index) for expert in experts)
+
+
+def _sets(registry: DomainRegistry, index: int, num_sparse: int) -> tuple[ExpertIds, ...]:
+    for domain in registry.domains:
+        if len(domain.experts) != num_sparse:
+            raise ValueError(
+                f"domain {domain.name!r} has expert sets for {len(domain.experts)} sparse layers, the model has {num_sparse}"
+            )
+    return registry.sets(index)
+
+
+def _sparse_ids(spec: str, num_layers: int) -> tuple[int, ...]:
+    kind, _, text = spec.partition(":")
+    if spec == "all":
+        return tuple(range(num_layers))
+    if spec == "none":
+        return ()
+    if kind in ("every", "upper") and text.isdecimal() and 1 <= int(text) <= num_layers:
+        count = int(text)
+        return tuple(range(count - 1, num_layers, count) if kind == "every" else range(num_layers - count, num_layers))
+    raise ValueError(f"sparse_layers must be all, none, every:N or upper:N with N up to {num_layers}, got {spec!r}")

@@ -1,0 +1,31 @@
+"""Initial weights: every canonical tensor drawn by its own key, so no layout changes them."""
+
+import torch
+from torch import Tensor
+
+from .canonical import canonical_tensors
+from .keyed import generator
+from .model import Transformer
+
+_RESIDUAL = ("o_proj.weight", "w2.weight", "down_proj.weight")
+
+
+def initialize(model: Transformer, seed: int) -> None:
+    """Draw the weights of `model` in place: normal(0, init_std), keyed by (seed, canonical name); norms are 1.
+
+    Products that write into the residual stream are drawn narrower by sqrt(2 layers) (GPT-2, Radford et al. 2019).
+    """
+    config = model.config
+    for name, tensor in canonical_tensors(model).items():
+        if name.endswith(("e_score_correction_bias", "route_table")):
+            continue
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+            continue
+        std = config.init_std / (2 * config.num_layers) ** 0.5 if name.endswith(_RESIDUAL) else config.init_std
+        tensor.copy_(draw(name, tuple(tensor.shape), std, seed))
+
+
+def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """Return fp32 normal(0, std) of `shape`, a pure function of (seed, name)."""
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator("weight", seed, name))

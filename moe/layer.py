@@ -1,0 +1,81 @@
+"""A transformer block, dense or sparse.
+
+Shape letters: B sequences, S positions, D model width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.norm import rms_norm
+from .attention import SelfAttention
+from .config import ModelConfig, num_experts
+from .dispatch import Dispatcher, LocalDispatcher
+from .domains import DomainRegistry
+from .experts import DenseFFN, GroupedExperts
+from .routers import build_router
+from .routing import RoutingContext, RoutingStats
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight; fp32 statistics (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return rms_norm(x_BSD, self.weight, self.eps)
+
+
+class MoELayer(nn.Module):
+    """Router, dispatch, experts, combine. `dispatcher` may be replaced by one that spans processes."""
+
+    def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int) -> None:
+        super().__init__()
+        index = config.sparse_layer_ids.index(layer)
+        self.layer = layer
+        self.gate = build_router(config.router, layer, config.dim, config.vocab_size, registry.sets(index))
+        self.experts = GroupedExperts(num_experts(registry, index), config.dim, config.expert_dim)
+        self.dispatcher: Dispatcher[object] = LocalDispatcher()  # type: ignore[assignment]
+
+    def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingStats]:
+        """Return the layer's output and what its router counted."""
+        routing = self.gate(x_BSD, context)
+        rows_RD, count_E, receipt = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        out_TD = self.dispatcher.combine(self.experts(rows_RD, count_E), receipt)
+        stats = RoutingStats(
+            layer=self.layer,
+            count_BE=routing.count_BE,
+            balance_sum=routing.balance_sum,
+            z_sum=routing.z_sum,
+            dropped=self.dispatcher.dropped(receipt),
+        )
+        return out_TD.view_as(x_BSD), stats
+
+
+class Block(nn.Module):
+    """Norm, attention, residual; norm, feed-forward or experts, residual."""
+
+    def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.is_sparse = layer in config.sparse_layer_ids
+        if self.is_sparse:
+            self.block_sparse_moe = MoELayer(config, registry, layer)
+        else:
+            self.mlp = DenseFFN(config.dim, config.dense_dim)
+
+    def forward(
+        self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """Return the block's output, and its routing where it is sparse."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), start_BS, position_BS)
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if not self.is_sparse:
+            return x_BSD + self.mlp(normed_BSD), None
+        out_BSD, stats = self.block_sparse_moe(normed_BSD, context)
+        return x_BSD + out_BSD, stats

@@ -1,0 +1,149 @@
+"""The language model on one device.
+
+Shape letters: B sequences, S positions, T tokens (B*S), D model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.linear_cross_entropy import linear_cross_entropy
+from .config import ModelConfig, check_registry
+from .domains import DomainRegistry
+from .layer import Block, RMSNorm
+from .routing import DomainGroup, RoutingContext, RoutingStats, TrainingPass, group_by_domain, merge_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """Logits, or with labels the losses; and what every sparse layer counted."""
+
+    logits_BSV: Tensor | None
+    loss_sum: Tensor | None  # fp32 scalar, differentiable: summed over labelled tokens
+    loss_BS: Tensor | None  # fp32, detached: each token's loss, 0 where it has no label
+    stats: tuple[RoutingStats, ...]
+
+
+class Slots(nn.Module):
+    """Embedding or head weights `[V, D]`: one, or one a slot."""
+
+    def __init__(self, num_slots: int, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        if num_slots == 1:
+            self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        else:
+            self.slots = nn.ModuleList(Slots(1, vocab_size, dim) for _ in range(num_slots))
+
+    def of(self, slot: int) -> Tensor:
+        """Return a slot's weight."""
+        weight: Tensor = self.slots[slot].weight if hasattr(self, "slots") else self.weight
+        return weight
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig, registry: DomainRegistry) -> None:
+        super().__init__()
+        self.embed_tokens = Slots(config.num_slots, config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, registry, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+        """Return the normed hidden states and the sparse layers' stats."""
+        position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device) - start_BS
+        stats = []
+        for layer in self.layers:
+            x_BSD, layer_stats = layer(x_BSD, start_BS, position_BS, context)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x_BSD), tuple(stats)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model with dense and sparse layers.
+
+    Weights are empty after construction: `initialize` draws them, or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig, registry: DomainRegistry) -> None:
+        super().__init__()
+        check_registry(config, registry)
+        self.config, self.registry = config, registry
+        self.model = Decoder(config, registry)
+        if not config.tie_embeddings:
+            self.lm_head = Slots(config.num_slots, config.vocab_size, config.dim)
+
+    def forward(
+        self,
+        token_BS: Tensor,
+        *,
+        start_BS: Tensor | None = None,
+        domain_B: Tensor | None = None,
+        sample_B: Tensor | None = None,
+        label_BS: Tensor | None = None,
+        training: TrainingPass | None = None,
+    ) -> ModelOutput:
+        """Run the model on packed sequences.
+
+        Args:
+            token_BS: int64 token ids.
+            start_BS: int64 first position of each token's document; None: one document a sequence.
+            domain_B: int64 domain ids; needed by domain routers and embedding slots.
+            sample_B: int64 global sample index, the key of a training pass's random draws; None: 0, 1, ...
+            label_BS: int64 next tokens, -100 ignored; with them the losses are returned instead of logits.
+            training: makes this a training pass (capacity, jitter, balance losses).
+
+        Raises:
+            ValueError: a domain-routed model without `domain_B`, or ids that the registry does not know.
+        """
+        groups = self._groups(domain_B)
+        batch, length = token_BS.shape
+        if sample_B is None:
+            sample_B = torch.arange(batch, device=token_BS.device)
+        index_T = (sample_B.unsqueeze(1) * length + torch.arange(length, device=token_BS.device)).flatten()
+        context = RoutingContext(token_BS=token_BS, groups=groups, index_T=index_T, training=training)
+        if start_BS is None:
+            start_BS = torch.zeros_like(token_BS)
+        x_BSD, stats = self.model(self._embed(token_BS, groups), start_BS, context)
+        if label_BS is None:
+            parts = [nn.functional.linear(group.of(x_BSD), weight) for group, weight in self._heads(groups)]
+            return ModelOutput(logits_BSV=self._merge(groups, parts), loss_sum=None, loss_BS=None, stats=stats)
+        losses = [
+            linear_cross_entropy(group.of(x_BSD).flatten(0, 1), weight, group.of(label_BS).flatten())
+            for group, weight in self._heads(groups)
+        ]
+        loss_BS = self._merge(groups, [loss_T.view(-1, length) for _, loss_T in losses])
+        loss_sum = torch.stack([loss for loss, _ in losses]).sum()
+        return ModelOutput(logits_BSV=None, loss_sum=loss_sum, loss_BS=loss_BS, stats=stats)
+
+    def _groups(self, domain_B: Tensor | None) -> tuple[DomainGroup, ...]:
+        needed = self.config.num_slots > 1 or (self.config.router.name != "top_k" and self.config.sparse_layer_ids)
+        if domain_B is None and needed:
+            raise ValueError(f"this model routes by domain: give domain=, one of {', '.join(self.registry.names)}")
+        groups = group_by_domain(domain_B)
+        for group in groups:
+            if not 0 <= group.domain < len(self.registry.domains):
+                raise ValueError(f"domain id {group.domain} is not one of this model's {len(self.registry.domains)}")
+        return groups
+
+    def _embed(self, token_BS: Tensor, groups: tuple[DomainGroup, ...]) -> Tensor:
+        embedding = self.model.embed_tokens
+        if self.config.num_slots == 1:
+            return nn.functional.embedding(token_BS, embedding.of(0))
+        slots = [self.registry.domains[group.domain].slot for group in groups]
+        parts = [nn.functional.embedding(g.of(token_BS), embedding.of(slot)) for g, slot in zip(groups, slots)]
+        return merge_groups(groups, parts)
+
+    def _heads(self, groups: tuple[DomainGroup, ...]) -> list[tuple[DomainGroup, Tensor]]:
+        """Return the groups that share a head product, with its weight."""
+        head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
+        if self.config.num_slots == 1:
+            return [(DomainGroup(domain=0, rows=None), head.of(0))]
+        return [(group, head.of(self.registry.domains[group.domain].slot)) for group in groups]
+
+    def _merge(self, groups: tuple[DomainGroup, ...], parts: list[Tensor]) -> Tensor:
+        return merge_groups(groups, parts) if self.config.num_slots > 1 else parts[0]
