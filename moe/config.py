@@ -44,8 +44,9 @@ class RouterConfig:
             raise ValueError(f"capacity_factor must be above 0 (or null for dropless), got {self.capacity_factor}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
-        if min(self.auxiliary_loss, self.z_loss, self.bias_rate) < 0:
-            raise ValueError("auxiliary_loss, z_loss and bias_rate must not be negative")
+        for name in ("auxiliary_loss", "z_loss", "bias_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,9 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim is None and self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}: change one, or set head_dim")
+            raise ValueError(
+                f"dim {self.dim} is not divisible by num_heads {self.num_heads}: change one, or set head_dim"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
         if self.head_width < 2 or self.head_width % 2:
@@ -84,8 +87,9 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 (or null), got {value}")
-        if self.norm_eps <= 0 or self.rope_theta <= 0 or self.init_std <= 0:
-            raise ValueError("norm_eps, rope_theta and init_std must be above 0")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         _sparse_ids(self.sparse_layers, self.num_layers)
         slots = set(self.embedding_slots.values()) | {0}
         if slots != set(range(len(slots))):
@@ -109,7 +113,7 @@ class ModelConfig:
     @property
     def sparse_layer_ids(self) -> tuple[int, ...]:
         """Ids of the sparse layers, ascending."""
-        return _sparse_ids(self.sparse_layers, self.num_layers)
+        return tuple(_sparse_ids(self.sparse_layers, self.num_layers))
 
     def build_registry(self, names: tuple[str, ...]) -> DomainRegistry:
         """Give every domain of `names` its expert set and embedding slot; raise ValueError where they don't fit."""
@@ -123,8 +127,16 @@ class ModelConfig:
 
 def check_registry(config: ModelConfig, registry: DomainRegistry) -> None:
     """Raise ValueError where `registry` does not fit `config`."""
+    num_sparse = len(config.sparse_layer_ids)
+    for domain in registry.domains:
+        if len(domain.experts) != num_sparse:
+            raise ValueError(
+                f"domain {domain.name!r} has expert sets for {len(domain.experts)} of {num_sparse} sparse layers"
+            )
+        if not 0 <= domain.slot < config.num_slots:
+            raise ValueError(f"domain {domain.name!r} uses embedding slot {domain.slot} of {config.num_slots}")
     for index, layer in enumerate(config.sparse_layer_ids):
-        for name, experts in zip(registry.names, _sets(registry, index, len(config.sparse_layer_ids))):
+        for name, experts in zip(registry.names, registry.sets(index)):
             if config.router.top_k > len(experts):
                 raise ValueError(
                     f"router.top_k is {config.router.top_k}, but domain {name!r} has {len(experts)} expert(s) in layer "
@@ -134,9 +146,11 @@ def check_registry(config: ModelConfig, registry: DomainRegistry) -> None:
         if used != set(range(len(used))):
             gap = min(set(range(max(used))) - used)
             raise ValueError(f"layer {layer}: expert {gap} belongs to no domain: number experts without gaps")
-    for domain in registry.domains:
-        if not 0 <= domain.slot < config.num_slots:
-            raise ValueError(f"domain {domain.name!r} uses embedding slot {domain.slot} of {config.num_slots}")
+        if config.router.num_experts not in (None, len(used)):
+            raise ValueError(
+                f"router.num_experts is {config.router.num_experts}, but the registry has {len(used)} experts in layer "
+                f"{layer}: make them equal"
+            )
 
 
 def num_experts(registry: DomainRegistry, sparse_index: int) -> int:
@@ -144,22 +158,13 @@ def num_experts(registry: DomainRegistry, sparse_index: int) -> int:
     return 1 + max(expert for experts in registry.sets(sparse_index) for expert in experts)
 
 
-def _sets(registry: DomainRegistry, index: int, num_sparse: int) -> tuple[ExpertIds, ...]:
-    for domain in registry.domains:
-        if len(domain.experts) != num_sparse:
-            raise ValueError(
-                f"domain {domain.name!r} has expert sets for {len(domain.experts)} sparse layers, the model has {num_sparse}"
-            )
-    return registry.sets(index)
-
-
-def _sparse_ids(spec: str, num_layers: int) -> tuple[int, ...]:
+def _sparse_ids(spec: str, num_layers: int) -> range:
     kind, _, text = spec.partition(":")
     if spec == "all":
-        return tuple(range(num_layers))
+        return range(num_layers)
     if spec == "none":
-        return ()
+        return range(0)
     if kind in ("every", "upper") and text.isdecimal() and 1 <= int(text) <= num_layers:
         count = int(text)
-        return tuple(range(count - 1, num_layers, count) if kind == "every" else range(num_layers - count, num_layers))
+        return range(count - 1, num_layers, count) if kind == "every" else range(num_layers - count, num_layers)
     raise ValueError(f"sparse_layers must be all, none, every:N or upper:N with N up to {num_layers}, got {spec!r}")

@@ -19,7 +19,7 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig, registry: DomainRegistry) -> ParameterCount:
-    """Count the trained parameters; active ones are those of K experts a sparse layer and one slot, embedding included."""
+    """Count the trained parameters; active: one slot, and in a sparse layer K experts and the domains' mean gate."""
     d, expert = config.dim, 3 * config.dim * config.expert_dim
     shared = config.num_layers * (_attention(config) + 2 * d) + d
     shared += (config.num_layers - len(config.sparse_layer_ids)) * 3 * d * config.dense_dim
@@ -27,9 +27,8 @@ def count_parameters(config: ModelConfig, registry: DomainRegistry) -> Parameter
     total, active = shared + config.num_slots * slot, shared + slot
     for index in range(len(config.sparse_layer_ids)):
         experts = num_experts(registry, index)
-        gate = 0 if config.router.name == "rre" else experts * d
-        total += experts * expert + gate
-        active += config.router.top_k * expert + gate
+        total += experts * expert + (0 if config.router.name == "rre" else experts * d)
+        active += config.router.top_k * expert + _gate(config, registry, index)
     return ParameterCount(total=total, active=active)
 
 
@@ -45,13 +44,20 @@ def train_flops(config: ModelConfig, registry: DomainRegistry, sequence_length: 
     products = config.num_layers * _projections(config) + config.vocab_size * config.dim
     products += (config.num_layers - len(config.sparse_layer_ids)) * 3 * config.dim * config.dense_dim
     for index in range(len(config.sparse_layer_ids)):
-        products += config.router.top_k * 3 * config.dim * config.expert_dim
-        if config.router.name == "top_k":
-            products += config.dim * num_experts(registry, index)
-        elif config.router.name == "domain_top_k":
-            sets = registry.sets(index)
-            products += config.dim * sum(len(experts) for experts in sets) // len(sets)
+        products += config.router.top_k * 3 * config.dim * config.expert_dim + _gate(config, registry, index)
     return 3 * (2 * products + config.num_layers * attention)
+
+
+def _gate(config: ModelConfig, registry: DomainRegistry, index: int) -> int:
+    """Gate weights that a token passes through: its domain's rows, the mean over the domains."""
+    sets = registry.sets(index)
+    match config.router.name:
+        case "top_k":
+            return config.dim * num_experts(registry, index)
+        case "domain_top_k":
+            return config.dim * sum(len(experts) for experts in sets) // len(sets)
+        case "rre":
+            return 0
 
 
 def _projections(config: ModelConfig) -> int:

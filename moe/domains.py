@@ -7,6 +7,8 @@ store them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .parsing import from_mapping
+
 ExpertSets = Mapping[str, int | Sequence[int] | Sequence[Sequence[int]]]
 
 
@@ -65,19 +67,9 @@ class DomainRegistry:
     def from_json(data: object) -> "DomainRegistry":
         """Read what `to_json` wrote; raise ValueError where it has another form."""
         try:
-            rows = data["domains"]  # type: ignore[index]
-            domains = tuple(
-                Domain(
-                    name=str(row["name"]),
-                    id=int(row["id"]),
-                    slot=int(row["slot"]),
-                    experts=tuple(tuple(int(e) for e in experts) for experts in row["experts"]),
-                )
-                for row in rows
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a domain registry: {error!r}") from error
-        return DomainRegistry(domains=domains)
+            return from_mapping(DomainRegistry, data)
+        except ValueError as error:
+            raise ValueError(f"not a domain registry: {error}") from error
 
 
 def build_registry(
@@ -125,4 +117,6 @@ def _check_set(name: str, layer: int, experts: tuple[int, ...]) -> None:
     if not experts:
         raise ValueError(f"domain {name!r} has no experts in sparse layer {layer}: give it at least one")
     if list(experts) != sorted(set(experts)) or experts[0] < 0:
-        raise ValueError(f"domain {name!r}, sparse layer {layer}: expert ids must ascend from 0 on, got {list(experts)}")
+        raise ValueError(
+            f"domain {name!r}, sparse layer {layer}: expert ids must ascend from 0 on, got {list(experts)}"
+        )

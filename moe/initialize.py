@@ -1,10 +1,11 @@
 """Initial weights: every canonical tensor drawn by its own key, so no layout changes them."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .canonical import canonical_tensors
-from .keyed import generator
+from .keyed import numpy_generator
 from .model import Transformer
 
 _RESIDUAL = ("o_proj.weight", "w2.weight", "down_proj.weight")
@@ -17,7 +18,10 @@ def initialize(model: Transformer, seed: int) -> None:
     """
     config = model.config
     for name, tensor in canonical_tensors(model).items():
-        if name.endswith(("e_score_correction_bias", "route_table")):
+        if name.endswith("route_table"):
+            continue
+        if name.endswith("e_score_correction_bias"):
+            tensor.zero_()
             continue
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
@@ -28,4 +32,6 @@ def initialize(model: Transformer, seed: int) -> None:
 
 def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """Return fp32 normal(0, std) of `shape`, a pure function of (seed, name)."""
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator("weight", seed, name))
+    # numpy's Philox takes the whole 64-bit key; torch's CPU generator keeps its lower half, where names soon collide.
+    random = numpy_generator("weight", seed, name)
+    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32)).mul_(std)

@@ -13,7 +13,8 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def seed_of(*parts: int | str) -> int:
     """Return a 64-bit seed that depends on every part and on their order and types."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    # The separator is doubled inside a part, so that no text can pass for two parts.
+    text = "\x1f".join(f"{type(part).__name__}:{part}".replace("\x1f", "\x1f\x1f") for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
@@ -30,7 +31,7 @@ def numpy_generator(*parts: int | str) -> np.random.Generator:
 def keyed_uniform(seed: int, index_T: Tensor, width: int) -> Tensor:
     """Return fp32 `[T, width]` in [0, 1): element (t, j) depends on (seed, index_T[t], j) alone.
 
-    Counter-based (splitmix64; Steele, Lea, Flood 2014), so a rank that holds some of the tokens draws what one rank would.
+    Counter-based (splitmix64; Steele, Lea, Flood 2014): a rank that holds some of the tokens draws what one would.
     """
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     column = torch.arange(width, device=index_T.device, dtype=torch.int64)

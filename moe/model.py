@@ -37,8 +37,7 @@ class Slots(nn.Module):
 
     def of(self, slot: int) -> Tensor:
         """Return a slot's weight."""
-        weight: Tensor = self.slots[slot].weight if hasattr(self, "slots") else self.weight
-        return weight
+        return self.get_parameter(f"slots.{slot}.weight" if hasattr(self, "slots") else "weight")
 
 
 class Decoder(nn.Module):

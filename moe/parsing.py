@@ -1,6 +1,7 @@
 """Plain resolved config data -> frozen dataclasses, strictly: what is unknown, missing or of a wrong type is named."""
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ T = TypeVar("T")
 def from_mapping(cls: type[T], mapping: object, path: str = "") -> T:
     """Build dataclass `cls` from `mapping`.
 
-    Fields may be bool, int, float, str, None, Literal, unions of these, tuples, mappings and nested dataclasses.
-    An int is taken where a float is wanted. Raises ValueError with the dotted path of the offending key.
+    Fields may be bool, int, float, str, None, Literal, unions of these, tuples, mappings and nested dataclasses
+    (an instance of which is taken as it is). An int is taken where a float is wanted, NaN and infinity are not.
+    Raises ValueError with the dotted path of the offending key.
     """
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{path or 'config'} must be a group of keys, got {mapping!r}")
@@ -39,7 +41,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is Any or hint is object:
         return value
     if dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, path)  # type: ignore[arg-type]
+        return value if isinstance(value, hint) else from_mapping(hint, value, path)  # type: ignore[arg-type]
     if origin in (typing.Union, types.UnionType):
         return _convert_union(hint, arguments, value, path)
     if origin is typing.Literal:
@@ -52,8 +54,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             _convert(arguments[0], k, f"{path} (key)"): _convert(arguments[1], v, _join(path, str(k)))
             for k, v in value.items()
         }
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float:
+        # The bound refuses NaN, infinity, and whole numbers that float() cannot take.
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
     raise ValueError(f"{path} must be {_describe(hint)}, got {value!r}")

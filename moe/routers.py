@@ -108,9 +108,12 @@ class DomainTopKRouter(LearnedGate):
 
 
 class RandomRoutedExperts(nn.Module):
-    """PanGu-Sigma's random routed experts: inside the domain's set a fixed table over token ids; K = 1, weight 1, no gate."""
+    """PanGu-Sigma's random routed experts: a fixed table over token ids inside the set; K 1, weight 1, no gate.
 
-    route_table: Tensor  # int32 [domains, V]: positions inside the domain's set
+    `route_table`: int32 [domains, V], positions inside the domain's set.
+    """
+
+    route_table: Tensor
 
     def __init__(self, config: RouterConfig, layer: int, vocab_size: int, sets: tuple[tuple[int, ...], ...]) -> None:
         super().__init__()

@@ -73,8 +73,10 @@ def group_by_domain(domain_B: Tensor | None) -> tuple[DomainGroup, ...]:
     present = sorted(set(ids))
     if len(present) == 1:
         return (DomainGroup(domain=present[0], rows=None),)
-    rows = {domain: [row for row, other in enumerate(ids) if other == domain] for domain in present}
-    return tuple(DomainGroup(domain=domain, rows=torch.tensor(rows[domain], device=domain_B.device)) for domain in present)
+    rows = [[row for row, other in enumerate(ids) if other == domain] for domain in present]
+    return tuple(
+        DomainGroup(domain=domain, rows=torch.tensor(row, device=domain_B.device)) for domain, row in zip(present, rows)
+    )
 
 
 def merge_groups(groups: tuple[DomainGroup, ...], parts: list[Tensor]) -> Tensor:

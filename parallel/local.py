@@ -17,15 +17,17 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class LocalEngine:
-    """Owns all parameters of `model` (fp32, or bf16 with fp32 masters)."""
+    """Owns all parameters of `model`, given in fp32. With a narrower `dtype` they are rounded to it, but for the
+    routers' gates, and fp32 masters are kept."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.config = model, config
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = dict(model.named_parameters())
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            for canonical, view in canonical_views(name, parameter.detach()):
-                self.masters[canonical] = view if view.dtype == torch.float32 else view.float()
+            self.masters.update(canonical_views(name, parameter.detach()))
+            if dtype != torch.float32 and not name.endswith("gate.weight"):
+                parameter.data = parameter.data.to(dtype)
         self.gradients: dict[str, Tensor] = {}  # fp32 sums, used where the parameters are narrower
         self.loss_finite = True
         self.trains: Callable[[str], bool] = lambda name: True
@@ -75,7 +77,7 @@ class LocalEngine:
         return NamedState(model=model, optimizer=optimizer)
 
     def load_named_state(self, model: TensorSource, optimizer: TensorSource | None) -> None:
-        """Copy a state in; without `optimizer` the moments start from zero."""
+        """Copy a state in; without `optimizer` the moments and steps start from zero."""
         tensors = canonical_tensors(self.model) | self.masters
         moments = {f"{n}.{m}": self.optimizer.state[p][m] for n, p in self.masters.items() for m in _MOMENTS}
         check_source(tensors, model)
@@ -83,6 +85,9 @@ class LocalEngine:
             check_source(moments, optimizer)
             for name, tensor in moments.items():
                 tensor.copy_(optimizer.read(name))
+        else:
+            for tensor in moments.values():
+                tensor.zero_()
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(model.read(name))
@@ -148,7 +153,7 @@ def check_source(wanted: Mapping[str, Tensor], source: TensorSource) -> None:
             )
     left_over = sorted(names - set(wanted))
     if left_over:
-        raise ValueError(f"the checkpoint holds {left_over[0]}, which the model does not have: change the model config back")
+        raise ValueError(f"the checkpoint holds {left_over[0]}, the model does not: change the model config back")
 
 
 def _named(tensor: Tensor) -> NamedTensor:

@@ -3,13 +3,15 @@
 The loop is deliberate: an expert's arithmetic sees its own rows and weights and nothing else, so a submodel with fewer
 experts computes the same bits. The backward keeps the rows and the pre-activation and recomputes the activation.
 
-Shape letters: R rows, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts.
+Shape letters: R rows, M rows of one expert (padded with zero rows), D model width, F expert hidden width, G = 2F (gate
+rows, then up rows), E experts.
 """
 
 from typing import Any
 
 import torch
 
+from ..linear import padded_rows, product
 from ..swiglu.op import swiglu_backward, swiglu_forward
 
 
@@ -33,31 +35,32 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(
         ctx: Any, rows_RD: torch.Tensor, counts: list[int], gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor
     ) -> torch.Tensor:
-        hidden_RG = rows_RD.new_empty(rows_RD.shape[0], gate_up_EGD.shape[1])
         out_RD = torch.empty_like(rows_RD, memory_format=torch.contiguous_format)
-        for e, (begin, end) in _spans(counts):
-            torch.mm(rows_RD[begin:end], gate_up_EGD[e].t(), out=hidden_RG[begin:end])
-            torch.mm(swiglu_forward(hidden_RG[begin:end]), down_EDF[e].t(), out=out_RD[begin:end])
-        ctx.save_for_backward(rows_RD, hidden_RG, gate_up_EGD, down_EDF)
+        hidden: list[torch.Tensor] = []
+        for e, rows in _spans(counts):
+            hidden_MG = product(_padded(rows_RD[rows]), gate_up_EGD[e])
+            hidden.append(hidden_MG)
+            out_RD[rows] = product(swiglu_forward(hidden_MG), down_EDF[e])[: rows.stop - rows.start]
+        ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, *hidden)
         ctx.counts = counts
         return out_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows_RD, hidden_RG, gate_up_EGD, down_EDF = ctx.saved_tensors
+        rows_RD, gate_up_EGD, down_EDF, *hidden = ctx.saved_tensors
         need_rows, _, need_gate_up, need_down = ctx.needs_input_grad
         grad_rows = torch.empty_like(rows_RD) if need_rows else None
         grad_gate_up = torch.empty_like(gate_up_EGD) if need_gate_up else None
         grad_down = torch.empty_like(down_EDF) if need_down else None
-        for e, (begin, end) in _spans(ctx.counts):
-            grad_out = grads[0][begin:end]
-            act, grad_hidden = swiglu_backward(grad_out @ down_EDF[e], hidden_RG[begin:end])
+        for (e, rows), hidden_MG in zip(_spans(ctx.counts), hidden, strict=True):
+            grad_MD = _padded(grads[0][rows])
+            act_MF, grad_MG = swiglu_backward(product(grad_MD, down_EDF[e].t()), hidden_MG)
             if grad_down is not None:
-                torch.mm(grad_out.t(), act, out=grad_down[e])
+                grad_down[e] = product(grad_MD.t(), act_MF.t())
             if grad_gate_up is not None:
-                torch.mm(grad_hidden.t(), rows_RD[begin:end], out=grad_gate_up[e])
+                grad_gate_up[e] = product(grad_MG.t(), _padded(rows_RD[rows]).t())
             if grad_rows is not None:
-                torch.mm(grad_hidden, gate_up_EGD[e], out=grad_rows[begin:end])
+                grad_rows[rows] = product(grad_MG, gate_up_EGD[e].t())[: rows.stop - rows.start]
         for e, count in enumerate(ctx.counts):
             if count == 0:
                 for grad in (grad_gate_up, grad_down):
@@ -66,11 +69,23 @@ class _ExpertMlp(torch.autograd.Function):
         return grad_rows, None, grad_gate_up, grad_down
 
 
-def _spans(counts: list[int]) -> list[tuple[int, tuple[int, int]]]:
-    """Expert and [begin, end) of its rows, for experts that have any."""
+def _spans(counts: list[int]) -> list[tuple[int, slice]]:
+    """Each expert that has any rows, and where they are."""
     spans, begin = [], 0
     for e, count in enumerate(counts):
         if count:
-            spans.append((e, (begin, begin + count)))
+            spans.append((e, slice(begin, begin + count)))
         begin += count
     return spans
+
+
+def _padded(rows_ND: torch.Tensor) -> torch.Tensor:
+    """The rows, followed by the zero rows that the products want: [M, D]."""
+    num_rows = rows_ND.shape[0]
+    size = padded_rows(num_rows, rows_ND)
+    if size == num_rows:
+        return rows_ND
+    padded_MD = rows_ND.new_empty(size, rows_ND.shape[1])
+    padded_MD[:num_rows] = rows_ND
+    padded_MD[num_rows:] = 0
+    return padded_MD

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ..linear import product
+
 _IGNORED = -100
 _CHUNK_ELEMENTS = 1 << 22
-_COLUMNS = 1024
 
 
 def linear_cross_entropy(
@@ -47,24 +48,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         loss_T, penalty_T = torch.zeros(2, T, dtype=wide, device=x_TD.device)
         grad_x = torch.empty_like(x_TD) if need_x else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
+        # Grown transposed: the small chunk of x then is the operand that the product copies.
+        grad_weight_DV = torch.zeros(x_TD.shape[1], V, dtype=wide, device=x_TD.device) if need_weight else None
         size = max(1, min(T, _CHUNK_ELEMENTS // max(V, 1)))
-        buffer_NV = torch.empty(size, V, dtype=wide, device=x_TD.device)
         for begin in range(0, T, size):
-            rows = slice(begin, min(begin + size, T))
-            logits_NV = _logits(x_TD[rows], weight_VD, buffer_NV)
-            loss_T[rows], lse_N = _losses(logits_NV, label_T[rows])
+            rows = slice(begin, begin + size)
+            logits_NV = product(x_TD[rows], weight_VD).to(wide)
+            prob_NV, lse_N, chosen_N = _softmax(logits_NV, label_T[rows])
+            loss_T[rows] = lse_N - chosen_N
             penalty_T[rows] = z_loss * lse_N.square()
-            if grad_x is None and grad_weight is None:
+            if grad_x is None and grad_weight_DV is None:
                 continue
-            grad_NV = _grad_logits(logits_NV, lse_N, label_T[rows], z_loss).to(x_TD.dtype)
+            grad_NV = _grad_logits(prob_NV, lse_N, label_T[rows], z_loss).to(x_TD.dtype)
             if grad_x is not None:
-                torch.mm(grad_NV, weight_VD, out=grad_x[rows])
-            if grad_weight is not None:
-                _accumulate(grad_weight, grad_NV, x_TD[rows])
+                grad_x[rows] = product(grad_NV, weight_VD.t())
+            if grad_weight_DV is not None:
+                grad_weight_DV += product(x_TD[rows].t(), grad_NV.t())
         labelled_T = label_T != _IGNORED
         loss_T, penalty_T = loss_T.where(labelled_T, 0.0), penalty_T.where(labelled_T, 0.0)
-        ctx.grads = (grad_x, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        grad_weight = None if grad_weight_DV is None else grad_weight_DV.to(weight_VD.dtype).t().contiguous()
+        ctx.grads = (grad_x, grad_weight)
         ctx.mark_non_differentiable(loss_T)
         return (loss_T + penalty_T).sum(), loss_T
 
@@ -81,34 +84,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
-def _logits(x_ND: torch.Tensor, weight_VD: torch.Tensor, buffer_NV: torch.Tensor) -> torch.Tensor:
-    """The chunk's logits in the buffer, a block of columns at a time: a block of the weight stays in the cache."""
-    logits_NV = buffer_NV[: x_ND.shape[0]]
-    for begin in range(0, weight_VD.shape[0], _COLUMNS):
-        block_CD, out_NC = weight_VD[begin : begin + _COLUMNS], logits_NV[:, begin : begin + _COLUMNS]
-        if x_ND.dtype == buffer_NV.dtype:
-            torch.mm(x_ND, block_CD.t(), out=out_NC)
-        else:
-            out_NC.copy_(x_ND @ block_CD.t())
-    return logits_NV
+def _softmax(logits_NV: torch.Tensor, label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities (in place of the logits), logsumexp and the label's logit (of some column where none is)."""
+    largest_N, chosen_N = logits_NV.amax(-1), logits_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0]
+    prob_NV = torch.softmax(logits_NV, -1, out=logits_NV)
+    # The largest probability is at least 1/V, so its logarithm is safe; logsumexp would take every exponential again.
+    return prob_NV, largest_N - prob_NV.amax(-1).log(), chosen_N
 
 
-def _losses(logits_NV: torch.Tensor, label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy and logsumexp of each token; what an ignored token gets is meaningless."""
-    lse_N = logits_NV.logsumexp(-1)
-    return lse_N - logits_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0], lse_N
-
-
-def _grad_logits(logits_NV: torch.Tensor, lse_N: torch.Tensor, label_N: torch.Tensor, z_loss: float) -> torch.Tensor:
-    """d loss_sum / d logits, in place."""
+def _grad_logits(prob_NV: torch.Tensor, lse_N: torch.Tensor, label_N: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """d loss_sum / d logits, in place of the probabilities."""
     labelled_N = (label_N != _IGNORED).to(lse_N.dtype)
-    grad_NV = logits_NV.sub_(lse_N[:, None]).exp_()
-    grad_NV.mul_((labelled_N * (1 + 2 * z_loss * lse_N))[:, None])
+    grad_NV = prob_NV.mul_((labelled_N * (1 + 2 * z_loss * lse_N))[:, None])
     return grad_NV.scatter_add_(1, label_N.clamp(min=0)[:, None], -labelled_N[:, None])
-
-
-def _accumulate(grad_VD: torch.Tensor, grad_NV: torch.Tensor, x_ND: torch.Tensor) -> None:
-    if grad_VD.dtype == x_ND.dtype:
-        grad_VD.addmm_(grad_NV.t(), x_ND)
-    else:
-        grad_VD.add_(grad_NV.t() @ x_ND)

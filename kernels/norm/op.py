@@ -1,6 +1,6 @@
 """RMSNorm with fp32 statistics and a hand-written backward that keeps one number a row beside the input.
 
-Shape letters: N rows (all leading dimensions together), D width.
+Shape letters: N rows (any leading dimensions), D width.
 """
 
 from typing import Any
@@ -33,14 +33,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight_D, rstd_N1 = ctx.saved_tensors
-        wide = rstd_N1.dtype
-        grad = grads[0].to(wide)
-        normed = x.to(wide) * rstd_N1
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
-        if ctx.needs_input_grad[0]:
-            scaled = grad * weight_D.to(wide)
-            inner = (scaled * normed).mean(-1, keepdim=True)
-            grad_x = normed.mul_(inner).sub_(scaled).mul_(rstd_N1).neg_().to(x.dtype)
-        return grad_x, grad_weight, None
+        wide, D = rstd_N1.dtype, weight_D.numel()
+        grad_ND, weight = grads[0].to(wide), weight_D.to(wide)
+        normed_ND = x.to(wide) * rstd_N1
+        product_ND = grad_ND * normed_ND
+        grad_weight = product_ND.reshape(-1, D).sum(0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        # d x = rstd (g w - normed mean(g w normed)); the row means are one matrix-vector product.
+        mean_N1 = (product_ND @ weight / D)[..., None]
+        grad_x = torch.mul(grad_ND, weight, out=product_ND).addcmul_(normed_ND, mean_N1, value=-1).mul_(rstd_N1)
+        return grad_x.to(x.dtype), grad_weight, None

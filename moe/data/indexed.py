@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_CODE_OF_DTYPE = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
+_CODE_OF_DTYPE: dict[np.dtype[Any], int] = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
 _DTYPE_OF_CODE = {code: dtype for dtype, code in _CODE_OF_DTYPE.items()}
+_MAX_ID: dict[np.dtype[Any], int] = {np.dtype("<u2"): 2**16 - 1, np.dtype("<i4"): 2**31 - 1}
 _CHUNK = 1 << 22
 
 
@@ -38,7 +39,7 @@ class Sink(Protocol):
         """Append bytes."""
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the type of the ids on disk: uint16 below 65,500 ids (Megatron's bound), else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
@@ -46,7 +47,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
 class IndexedWriter:
     """Streams documents into a .bin sink and keeps 4 bytes a document for the .idx."""
 
-    def __init__(self, bin_sink: Sink, dtype: np.dtype[np.generic]) -> None:
+    def __init__(self, bin_sink: Sink, dtype: np.dtype[Any]) -> None:
         self._bin = bin_sink
         self._dtype = np.dtype(dtype)
         self._lengths = array("i")
@@ -62,10 +63,10 @@ class IndexedWriter:
         Raises ValueError if the lengths do not add up to the ids, or an id does not fit the type on disk.
         """
         if sum(lengths) != token_T.size or min(lengths, default=1) < 1:
-            raise ValueError(f"lengths must be positive and add up to {token_T.size} ids, they add up to {sum(lengths)}")
-        limit = np.iinfo(self._dtype)
-        if token_T.size and (int(token_T.min()) < 0 or int(token_T.max()) > limit.max):
-            raise ValueError(f"ids must lie in 0..{limit.max} to be written as {self._dtype}")
+            raise ValueError(f"lengths must be positive and add up to {token_T.size}, they add up to {sum(lengths)}")
+        limit = _MAX_ID[self._dtype]
+        if token_T.size and (int(token_T.min()) < 0 or int(token_T.max()) > limit):
+            raise ValueError(f"ids must lie in 0..{limit} to be written as {self._dtype}")
         if max(lengths, default=0) > np.iinfo(np.int32).max:
             raise ValueError("a document has more than 2^31 - 1 tokens: split it")
         self._bin.write(np.ascontiguousarray(token_T, dtype=self._dtype).data.cast("B"))
@@ -166,7 +167,7 @@ def _pointers(lengths: NDArray[np.int32], itemsize: int) -> Iterator[NDArray[np.
         total += int(length.sum())
 
 
-def _read_header(path: Path) -> tuple[np.dtype[np.generic], int]:
+def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
     size = _size(path)
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
@@ -187,7 +188,7 @@ def _size(path: Path) -> int:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _map(path: Path, dtype: np.dtype[np.generic] | str, offset: int, count: int) -> NDArray[Any]:
+def _map(path: Path, dtype: np.dtype[Any] | str, offset: int, count: int) -> NDArray[Any]:
     if count == 0:
         return np.empty(0, dtype)
     # A plain array over the map: indexing np.memmap itself costs some microseconds of subclass handling a call.

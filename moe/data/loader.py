@@ -38,8 +38,8 @@ class BatchLoader:
     def heldout_batches(self, domain: str, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yield the held-out documents of `domain` in the order of the file, each token once; all batches are full.
 
-        Stops after the sequence that holds the `max_tokens`-th token. What is left of the last batch is padding:
-        padding ids, IGNORED labels, `start_BS` where the padding begins. `sample_B` counts the sequences from 0.
+        With `max_tokens` only the first so many tokens of the split are read. What is left of the last batch is
+        padding: padding ids, IGNORED labels, `start_BS` where the padding begins. `sample_B` counts sequences from 0.
         """
         documents = self.dataset.domain(domain).heldout
         order = file_order(documents)
@@ -49,9 +49,8 @@ class BatchLoader:
         for first in range(0, sequences, batch_size):
             arrays = _empty_rows(batch_size, size)
             for row in range(batch_size):
-                rows = Rows(*(array[row] for array in arrays))
-                real = first + row < sequences
-                count = pack(documents, order, (first + row) * size, rows) if real else 0
+                rows, begin = Rows(*(array[row] for array in arrays)), (first + row) * size
+                count = min(pack(documents, order, begin, rows), limit - begin) if begin < limit else 0
                 rows.token_S[count:] = self.dataset.padding
                 rows.label_S[count:] = IGNORED
                 rows.start_S[count:] = count

@@ -38,10 +38,10 @@ class Phase:
 
 
 class Sampler:
-    """Maps global sample indices to (domain id, ordinal inside that domain). `domains`: names in the order of their ids.
+    """Maps global sample indices to (domain id, ordinal inside that domain).
 
-    What a domain gave in earlier phases stays given: its ordinals go on where they stopped. Raises ValueError if the
-    phases leave a gap, do not begin at 0, or name an unknown domain.
+    `domains` are the names in the order of their ids. What a domain gave in earlier phases stays given: its ordinals
+    go on where they stopped. Raises ValueError if the phases leave a gap, do not begin at 0, or name an unknown domain.
     """
 
     def __init__(self, phases: Sequence[Phase], domains: Sequence[str]) -> None:

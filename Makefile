@@ -1,0 +1,40 @@
+# Every target does its own set-up: Python 3.11, pip and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help venv demo test lint check format clean
+help: ## this text
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+venv: $(READY) ## a virtual environment in .venv with everything but the distributed extras
+
+# Debian's python3 may come without ensurepip: then the system's pip fills the environment.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
+	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(READY) ## six domains of real text, trained for minutes, with a table of what was learned
+	$(BIN)/sigmoe data data=six out=data/six
+	$(BIN)/sigmoe train experiment=quickstart dataset=data/six out=runs/quickstart
+	$(BIN)/sigmoe verify checkpoint=runs/quickstart
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## static checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.typing $(BIN)/mypy -p sigmoe
+	$(BIN)/lint-imports
+
+check: lint test ## static checks, then all tests
+
+format: $(READY) ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and what the demo made
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache sigmoe.egg-info data runs

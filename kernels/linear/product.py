@@ -1,0 +1,38 @@
+"""Matrix products by the faster library at hand, without autograd.
+
+torch hands fp32 products on a CPU to MKL, which on AMD processors leaves AVX-512 idle (torch 2.13 with MKL 2024.2 on
+Zen 5: 100 GFLOP/s a core, where oneDNN from the same wheel reaches 220). Plain fp32 reaches oneDNN through one operator
+alone, the one that torch's compiler emits for a linear layer.
+
+Shape letters: M, N, K as in BLAS.
+"""
+
+import torch
+
+
+def product(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
+    """`a_MK @ b_NK.T`, a new tensor [M, N] of the inputs' dtype.
+
+    Either may be the transposed view of a contiguous tensor; on a CPU in fp32 such an `a_MK` is copied first, so make
+    the smaller one `a_MK` where there is a choice.
+    """
+    if _uses_onednn(a_MK) and a_MK.numel() and b_NK.numel():
+        out_MN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+        return out_MN
+    return a_MK @ b_NK.t()
+
+
+def padded_rows(num_rows: int, like: torch.Tensor) -> int:
+    """How many rows to give a product of `num_rows` rows: as many, or a few more where every new size is costly.
+
+    oneDNN compiles code for each M, N and K that it meets (about 0.5 ms and 0.5 MB) and keeps about a thousand. Rounded
+    up, there are eight sizes between one power of two and the next.
+    """
+    if not _uses_onednn(like):
+        return num_rows
+    step = max(8, 1 << max(num_rows.bit_length() - 4, 0))
+    return -(-num_rows // step) * step
+
+
+def _uses_onednn(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -1,0 +1,88 @@
+"""Hydra: a command's config file and the user's overrides -> plain resolved data. The only file that knows Hydra."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+_MODULE = "sigmoe.configs"
+_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+def compose_command(command: str, overrides: list[str], config_dir: str | None = None) -> dict[str, Any]:
+    """Compose `command`'s config with `overrides`, resolve it and return plain data.
+
+    `config_dir` is a folder of the user's own groups, searched after sigmoe's. Raises ValueError in one line.
+    """
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ValueError(
+                f"{override!r} is not an override: write key=value (sigmoe {command} --help lists the keys)"
+            )
+    search = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ValueError(f"--config-dir {config_dir} is not a directory")
+        search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    try:
+        with initialize_config_module(_MODULE, version_base="1.3"):
+            config = compose(command, overrides=[*overrides, *search])
+        data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error).splitlines()[0].rpartition(": ")[2]
+        raise ValueError(f"missing key {key}: give {key}=... (sigmoe {command} --help)") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_one_line(command, overrides, error)) from error
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def describe_command(command: str) -> str:
+    """Return the command's config file as it stands, with its comments, and the choices of every group."""
+    lines = (_FOLDER / f"{command}.yaml").read_text(encoding="utf-8").rstrip().splitlines()
+    groups = {line.strip(" -").removeprefix("optional ").partition(":")[0] for line in lines if line.startswith("  - ")}
+    text = [*lines]
+    for group in sorted(groups):
+        if (_FOLDER / group).is_dir():
+            names = sorted(path.stem for path in (_FOLDER / group).glob("*.yaml"))
+            text += ["", f"{group}={'|'.join(names)}"]
+            for name in names:
+                text += ["", f"# {group}={name}", *(_FOLDER / group / f"{name}.yaml").read_text("utf-8").splitlines()]
+    return "\n".join(text)
+
+
+def _one_line(command: str, overrides: list[str], error: Exception) -> str:
+    """Say in one line what is wrong, and name the nearest key where one is unknown."""
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    if first.startswith("Could not override '"):
+        key = first.split("'")[1]
+        known = _keys(command, [override for override in overrides if not override.lstrip("+~").startswith(key)])
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        return f"unknown key {key}" + (
+            f"; did you mean {' or '.join(near)}?" if near else f" (sigmoe {command} --help)"
+        )
+    rest = [line.strip() for line in str(error).strip().splitlines()[1:] if line.strip()]
+    return "; ".join([first, *rest[:2]]) if len(first) < 60 and rest else first
+
+
+def _keys(command: str, overrides: list[str]) -> list[str]:
+    try:
+        with initialize_config_module(_MODULE, version_base="1.3"):
+            return list(_leaves(compose(command, overrides=overrides), ""))
+    except (HydraException, OmegaConfBaseException):
+        return []
+
+
+def _leaves(config: DictConfig, prefix: str) -> list[str]:
+    keys = []
+    for key in config:
+        name = prefix + str(key)
+        keys.append(name)
+        value = config._get_node(key)
+        if isinstance(value, DictConfig):
+            keys += _leaves(value, f"{name}.")
+    return keys

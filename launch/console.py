@@ -1,0 +1,66 @@
+"""The terminal: one console on stderr for progress and notes, results on stdout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ..moe.data.progress import Progress as Sink
+
+
+def notes() -> Console:
+    """Return the console for progress and notes (stderr)."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def results() -> Console:
+    """Return the console for results (stdout); wide enough for tables where it is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 140))
+
+
+def bar(*columns: ProgressColumn) -> Progress:
+    """Return a progress bar with a description, a count, and what `columns` add."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=notes(),
+        refresh_per_second=4,
+    )
+
+
+@contextmanager
+def progress_sink() -> Iterator[Sink]:
+    """Yield a callback that draws one bar a stage."""
+    with bar() as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int | None, /) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
+    """Return a table whose first `left` columns are text and the rest right-aligned figures."""
+    out = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        out.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    for row in rows:
+        out.add_row(*row)
+    return out

@@ -1,0 +1,90 @@
+"""`sigmoe COMMAND key=value ...`: finds the command, composes its config, maps a user's mistake to one line."""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "data": "fetch or read domain-tagged text, train the tokenizer, write token files",
+    "train": "train a model; continues a run that was interrupted",
+    "verify": "hash every file of a checkpoint and find every expert exactly once",
+    "bench": "measure sigmoe beside its peers on this machine",
+}
+_OPTIONS = """options:
+  --help            this text, with every key and its default
+  --cfg             print the composed config and stop
+  --config-dir DIR  a folder with config groups of your own
+  --traceback       show where an error came from"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 2 for a user's mistake (one line on stderr), 1 for a failure of the machine."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _drop_package_root()
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_usage())  # noqa: T201
+        return 0
+    command, *rest = arguments
+    try:
+        return _run(command, rest)
+    except (ValueError, OSError) as error:
+        if "--traceback" in rest:
+            traceback.print_exc()
+        line = " ".join(str(error).split())
+        print(f"sigmoe {command}: {line}", file=sys.stderr)  # noqa: T201
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _run(command: str, rest: list[str]) -> int:
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command; commands: {', '.join(COMMANDS)}")
+    from .compose import compose_command, describe_command  # Hydra takes a while: not for `sigmoe --help`
+
+    config_dir, overrides, flags = _split(rest)
+    if flags & {"--help", "-h"}:
+        head = f"sigmoe {command} key=value ...: {COMMANDS[command]}"
+        print("\n\n".join([head, _OPTIONS, describe_command(command)]))  # noqa: T201
+        return 0
+    config = compose_command(command, overrides, config_dir)
+    if "--cfg" in flags:
+        import yaml
+
+        print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
+        return 0
+    importlib.import_module(f"..{command}", __name__).run(config)
+    return 0
+
+
+def _split(rest: list[str]) -> tuple[str | None, list[str], set[str]]:
+    """Split the arguments into the config folder, the overrides and the flags."""
+    config_dir, overrides, flags = None, [], set()
+    pending = iter(rest)
+    for argument in pending:
+        if argument == "--config-dir":
+            config_dir = next(pending, None)
+            if config_dir is None:
+                raise ValueError("--config-dir needs a folder")
+        elif argument in ("--help", "-h", "--cfg", "--traceback"):
+            flags.add(argument)
+        elif argument.startswith("-"):
+            raise ValueError(f"unknown option {argument}; options: --help, --cfg, --config-dir DIR, --traceback")
+        else:
+            overrides.append(argument)
+    return config_dir, overrides, flags
+
+
+def _usage() -> str:
+    rows = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: sigmoe COMMAND key=value ...", "", *rows, "", _OPTIONS])
+
+
+def _drop_package_root() -> None:
+    """Take the package's own folder off sys.path: there our `kernels` would shadow Hugging Face's."""
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

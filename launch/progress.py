@@ -1,0 +1,54 @@
+"""The training line: loss, speed, share of the matmul peak, time left."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, TaskID, TextColumn
+
+from .console import bar, notes
+from .trainer import StepMetrics
+
+
+class TrainProgress:
+    """Draws one line while steps run; notes go above it. Without a terminal a line is printed now and then."""
+
+    def __init__(self, *, plain_every: int) -> None:
+        self.console: Console = notes()
+        self.plain_every = plain_every
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def steps(self, step: int, steps: int) -> Iterator[None]:
+        """Show the line from `step` to `steps`."""
+        progress = bar(TextColumn("{task.fields[text]}"))
+        self._task = progress.add_task("training", total=steps, completed=step, text="")
+        if not self.console.is_terminal:
+            yield
+            return
+        with progress:
+            self._bar = progress
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def step(self, metrics: StepMetrics, speed: float, share: float) -> None:
+        """Show a step: mean loss, tokens a second, share of the matmul peak."""
+        text = f"loss {metrics.loss:.3f}  {speed:,.0f} tokens/s  {share:.0%} of peak"
+        if metrics.skipped:
+            self.note(f"step {metrics.step} skipped: loss or gradient is not finite")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=metrics.step, description="training", text=text)
+        elif metrics.step % self.plain_every == 0:
+            self.console.print(f"step {metrics.step}  {text}")
+
+    def evaluating(self, domain: str) -> None:
+        """Show that a domain's held-out text is being scored."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"evaluating {domain}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the progress."""
+        (self._bar.console if self._bar is not None else self.console).print(text)

@@ -1,0 +1,66 @@
+"""A trainer's state to a checkpoint and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..moe.hf.config import hf_config
+from ..moe.storage.checkpoint import Checkpoint, CheckpointContent
+from .evaluation import DomainLoss
+from .trainer import Trainer
+
+
+def checkpoint_content(trainer: Trainer, heldout_before: Mapping[str, DomainLoss]) -> CheckpointContent:
+    """Return everything that a run needs to go on, tensors read lazily."""
+    config, dataset = trainer.config, trainer.dataset
+    named = trainer.engine.named_state()
+    state = {
+        "step": trainer.step,
+        "consumed_samples": trainer.step * config.global_batch,
+        "phase": config.phase_at(max(trainer.step - 1, 0)),
+        "skipped_steps": trainer.skipped,
+        "balance_fractions": trainer.balance.to_json(),
+        "expert_load": {str(layer): count.tolist() for layer, count in trainer.load_NE.items()},
+        "heldout_before": {name: dataclasses.asdict(loss) for name, loss in heldout_before.items()},
+    }
+    return CheckpointContent(
+        model=named.model,
+        optimizer=named.optimizer,
+        state=state,
+        config=config.to_shared_dict(),
+        registry=trainer.registry.to_json(),
+        tokenizer=dataset.tokenizer_path.read_bytes(),
+        hf_config=hf_config(
+            config.model,
+            trainer.registry,
+            sequence_length=config.sequence_length,
+            dtype="float32",
+            end_of_text=dataset.end_of_text,
+            padding=dataset.padding,
+        ),
+    )
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, DomainLoss]:
+    """Put `trainer` where `checkpoint` was saved; return the held-out losses before the first step.
+
+    Raises ValueError where the checkpoint belongs to another model, registry or tokenizer.
+    """
+    if checkpoint.registry != trainer.registry.to_json():
+        raise ValueError(
+            f"{checkpoint.path}: its domains or expert sets are not those of this run's dataset and router"
+        )
+    if checkpoint.tokenizer != trainer.dataset.tokenizer_path.read_bytes():
+        raise ValueError(f"{checkpoint.path}: its tokenizer is not the dataset's: give the dataset it was trained on")
+    trainer.engine.load_named_state(checkpoint.model, checkpoint.optimizer)
+    state: dict[str, Any] = checkpoint.state
+    try:
+        trainer.step, trainer.skipped = int(state["step"]), int(state["skipped_steps"])
+        trainer.balance.load_json(state["balance_fractions"])
+        for layer, count in trainer.load_NE.items():
+            count.copy_(torch.tensor(state["expert_load"][str(layer)]))
+        return {name: DomainLoss.from_json(loss) for name, loss in state["heldout_before"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path}/state.json lacks {error}") from error

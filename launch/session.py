@@ -1,0 +1,160 @@
+"""One session of a run: begins or resumes it, steps, logs, evaluates, saves, and stops cleanly on Ctrl-C."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ..benchmarks.machine import matmul_rate
+from ..moe.counts import train_flops
+from ..moe.storage.checkpoint import checkpoint_bytes
+from ..moe.storage.durable import require_space
+from ..parallel.checkpointer import Checkpointer
+from .evaluation import DomainLoss, evaluate_domains
+from .metrics import Metrics
+from .progress import TrainProgress
+from .run_state import checkpoint_content, restore
+from .trainer import StepMetrics, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionResult:
+    """How a session ended."""
+
+    before: dict[str, DomainLoss]
+    after: dict[str, DomainLoss]
+    seconds: float  # spent in optimizer steps
+    tokens: int
+    matmul_rate: float
+    interrupted: bool
+
+
+class Session:
+    """Drives a trainer up to the run's last step, or `stop_at`, or a signal."""
+
+    def __init__(self, trainer: Trainer, directory: Path, progress: TrainProgress) -> None:
+        self.trainer, self.config, self.directory, self.progress = trainer, trainer.config, directory, progress
+        self.checkpointer = Checkpointer(directory / "checkpoints", keep=self.config.save.keep)
+        self.stop = False
+        self.matmul_rate = 0.0
+        self.flops = train_flops(self.config.model, trainer.registry, self.config.sequence_length)
+        self.before: dict[str, DomainLoss] = {}
+        self.saved_step: int | None = None
+
+    def resume(self) -> bool:
+        """Go to the newest checkpoint that verifies, if there is one; check that the next one fits on the disk."""
+        checkpoint = self.checkpointer.load_latest(self.progress.note)
+        if checkpoint is not None:
+            self.before = restore(self.trainer, checkpoint)
+            self.saved_step = self.trainer.step
+            self.progress.note(f"resuming {self.directory} at step {self.trainer.step}")
+        require_space(self.directory, checkpoint_bytes(checkpoint_content(self.trainer, self.before)))
+        return checkpoint is not None
+
+    def run(self) -> SessionResult:
+        """Train to the end of the session and save."""
+        config, trainer = self.config, self.trainer
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.matmul_rate = matmul_rate(trainer.device, dtype)
+        metrics = Metrics(self.directory, tensorboard=config.logger.tensorboard, resumed_step=trainer.step)
+        seconds, first = 0.0, trainer.step
+        try:
+            if not self.before:
+                self.before = self._evaluate(metrics)
+            with self._signals(), self.progress.steps(trainer.step, config.steps):
+                while trainer.step < config.last_step and not self.stop:
+                    begin = time.perf_counter()
+                    step = trainer.train_step()
+                    elapsed = time.perf_counter() - begin
+                    seconds += elapsed
+                    self._after_step(step, elapsed, metrics)
+            after = self._evaluate(metrics) if trainer.step == config.steps else {}
+            if self.saved_step != trainer.step:
+                self._save()
+        finally:
+            metrics.close()
+        return SessionResult(
+            before=self.before,
+            after=after,
+            seconds=seconds,
+            tokens=(trainer.step - first) * config.global_batch * config.sequence_length,
+            matmul_rate=self.matmul_rate,
+            interrupted=self.stop,
+        )
+
+    def _after_step(self, step: StepMetrics, elapsed: float, metrics: Metrics) -> None:
+        config = self.config
+        speed = step.tokens / elapsed
+        share = speed * self.flops / self.matmul_rate
+        self.progress.step(step, speed, share)
+        if step.step % config.logger.every == 0 or step.step == config.steps or step.skipped:
+            metrics.write(_values(step, self.trainer, speed, share))
+        if config.evaluate.every and step.step % config.evaluate.every == 0 and step.step < config.steps:
+            self._evaluate(metrics)
+        if config.save.every and step.step % config.save.every == 0:
+            self._save()
+
+    def _evaluate(self, metrics: Metrics) -> dict[str, DomainLoss]:
+        losses = evaluate_domains(
+            self.trainer.model,
+            self.trainer.loader,
+            batch_size=self.config.micro_size,
+            max_tokens=self.config.evaluate.tokens,
+            on_domain=self.progress.evaluating,
+        )
+        values: dict[str, Any] = {"step": self.trainer.step}
+        for name, loss in losses.items():
+            values[f"heldout_loss/{name}"] = loss.loss
+            values[f"heldout_bits_per_byte/{name}"] = loss.bits_per_byte
+        metrics.write(values)
+        return losses
+
+    def _save(self) -> None:
+        self.progress.note(f"saving step {self.trainer.step}")
+        self.checkpointer.save(self.trainer.step, checkpoint_content(self.trainer, self.before))
+        self.saved_step = self.trainer.step
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into a stop after the current step; a second SIGINT is Python's own."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.progress.note("stopping after this step; press Ctrl-C again to stop without saving")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _values(step: StepMetrics, trainer: Trainer, speed: float, share: float) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "step": step.step,
+        "tokens": step.step * step.tokens,
+        "loss": step.loss,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "skipped": step.skipped,
+        "tokens_per_second": speed,
+        "flops_share": share,
+        "aux_loss": step.aux_loss,
+        "z_loss": step.z_loss,
+        "dropped": step.dropped,
+    }
+    for name, loss, labels in zip(trainer.registry.names, step.loss_sum_N.tolist(), step.labels_N.tolist()):
+        if labels:
+            values[f"loss/{name}"] = loss / labels
+    for layer, count_NE in step.counts.items():
+        count_E = count_NE.sum(0).double()
+        values[f"expert_load/{layer}"] = float(count_E.max() / count_E.mean().clamp(min=1))
+    return values

@@ -1,0 +1,105 @@
+"""`sigmoe train`: trains a model; a run that was interrupted goes on where its newest good checkpoint stands."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..moe.counts import count_parameters
+from ..moe.data.dataset import Dataset, open_dataset
+from ..moe.storage.durable import write_file
+from .console import results
+from .main import main
+from .progress import TrainProgress
+from .report import closing_table
+from .session import Session, SessionResult
+from .train_config import TrainConfig, check_same_run
+from .trainer import Trainer, pick_device
+
+
+def run(config: Mapping[str, Any]) -> None:
+    """Train as `config` (composed plain data) says. Raises ValueError for a user's mistake, with nothing written."""
+    dataset = _open(config)
+    train_config = TrainConfig.load(_with_vocabulary(config, dataset))
+    directory = Path(train_config.out)
+    begun = _check_directory(directory, train_config)
+    pick_device(train_config.device)
+    if train_config.threads is not None:
+        torch.set_num_threads(train_config.threads)
+    progress = TrainProgress(plain_every=train_config.logger.every)
+    trainer = Trainer(train_config, dataset)
+    session = Session(trainer, directory, progress)
+    resumed = session.resume()
+    if begun and not resumed:
+        progress.note(f"{directory} has no checkpoint yet: starting at step 0")
+    if trainer.step >= train_config.last_step:
+        limit = "steps" if trainer.step >= train_config.steps else "stop_at"
+        progress.note(f"{directory} stands at step {trainer.step} already: raise {limit}, or give another out=")
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / "config.yaml", yaml.safe_dump(train_config.to_dict(), sort_keys=False).encode())
+    count = count_parameters(train_config.model, trainer.registry)
+    progress.note(
+        f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
+        f"{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
+    )
+    _close(trainer, session.run(), directory, progress)
+
+
+def _open(config: Mapping[str, Any]) -> Dataset:
+    path = config.get("dataset")
+    if not isinstance(path, str):
+        raise ValueError(f"dataset must be the path of a prepared dataset, got {path!r}")
+    return open_dataset(Path(path))
+
+
+def _with_vocabulary(config: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """Fill in the dataset's vocabulary where the model leaves it open; refuse one that is too small."""
+    data = dict(config)
+    model = data.get("model")
+    if not isinstance(model, Mapping):
+        raise ValueError(f"model must be a group of keys, got {model!r}")
+    vocabulary = model.get("vocab_size")
+    if vocabulary is None:
+        data["model"] = {**model, "vocab_size": dataset.vocab_size}
+    elif isinstance(vocabulary, int) and vocabulary < dataset.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {vocabulary}, but the dataset has token ids up to {dataset.vocab_size - 1}: "
+            f"set it to at least {dataset.vocab_size}, or null"
+        )
+    return data
+
+
+def _check_directory(directory: Path, config: TrainConfig) -> bool:
+    """Return whether a run stands in `directory`; raise ValueError where it is another run, or no run at all."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise ValueError(f"out={directory} exists and is not a run: give another out=")
+        return False
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(before, Mapping):
+        raise ValueError(f"{path} is not the config of a run: give another out=")
+    check_same_run(before, config.to_dict())
+    return True
+
+
+def _close(trainer: Trainer, result: SessionResult, directory: Path, progress: TrainProgress) -> None:
+    if result.after:
+        results().print(closing_table(trainer, result))
+    if result.seconds:
+        progress.note(
+            f"{result.tokens:,} tokens in {result.seconds:.0f} s of training, {result.tokens / result.seconds:,.0f} "
+            f"tokens/s; this machine's matmul rate {result.matmul_rate / 1e9:.0f} GFLOP/s"
+        )
+    if not result.after:
+        command = shlex.join(["sigmoe", "train", *sys.argv[2:]]) if sys.argv[1:2] == ["train"] else "the same command"
+        progress.note(f"stopped at step {trainer.step}, saved; to resume, run again: {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

