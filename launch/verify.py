@@ -1,0 +1,69 @@
+"""`sigmoe verify`: hashes every file of a checkpoint, finds every expert once, and compares shapes with the config."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..moe.canonical import expected_shapes
+from ..moe.config import ModelConfig
+from ..moe.data.progress import Progress
+from ..moe.domains import DomainRegistry
+from ..moe.parsing import from_mapping
+from ..moe.storage.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from ..parallel.checkpointer import Checkpointer
+from .console import progress_sink, results
+from .main import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyCommand:
+    """The keys of `sigmoe verify`."""
+
+    checkpoint: str
+    all: bool = False
+
+
+def run(config: Mapping[str, object]) -> None:
+    """Verify what `config` names; ValueError names the first bad file, expert or tensor."""
+    command = from_mapping(VerifyCommand, config)
+    for path in find_checkpoints(Path(command.checkpoint), every=command.all):
+        with progress_sink() as progress:
+            checkpoint = verify_checkpoint(path, progress)
+        files = checkpoint.manifest["files"]
+        results().print(
+            f"ok  {path}  step {checkpoint.state.get('step')}  {len(files) + 1} files  "
+            f"{sum(record['size'] for record in files.values()):,} bytes  {len(checkpoint.manifest['experts'])} experts"
+        )
+
+
+def find_checkpoints(path: Path, *, every: bool) -> list[Path]:
+    """Return `path` itself where it is a checkpoint, else the newest (or `every`) checkpoint of the run it names."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = Checkpointer(folder, keep=None).steps()
+    if not steps:
+        raise ValueError(f"{path} holds no checkpoint: give a step directory or a run directory")
+    return [folder / f"step-{step:08}" for step in (steps if every else steps[-1:])]
+
+
+def verify_checkpoint(path: Path, progress: Progress) -> Checkpoint:
+    """Return the checkpoint after every check has passed."""
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify(lambda done, total: progress(f"hashing {path.name}", done, total))
+    model = from_mapping(ModelConfig, checkpoint.config.get("model"), f"{path}/config.yaml: model")
+    expected = expected_shapes(model, DomainRegistry.from_json(checkpoint.registry))
+    names = checkpoint.model.names()
+    for name in sorted(set(expected) ^ set(names)):
+        state = "lacks" if name in expected else "holds"
+        raise ValueError(f"{path}/model {state} {name}, unlike its config.yaml and registry.json")
+    for name, shape in expected.items():
+        if checkpoint.model.shape(name) != shape:
+            held = list(checkpoint.model.shape(name))
+            raise ValueError(f"{path}/model: {name} is {held}, config.yaml and registry.json say {list(shape)}")
+    return checkpoint
+
+
+if __name__ == "__main__":
+    sys.exit(main(["verify", *sys.argv[1:]]))

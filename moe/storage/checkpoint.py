@@ -1,0 +1,190 @@
+"""One checkpoint directory: canonical tensors, state, config, registry, tokenizer, and last the manifest that vouches.
+
+    model/ optimizer/ state.json config.yaml registry.json tokenizer.json manifest.json
+
+`manifest.json` holds size and SHA-256 of every other file, and each global expert once. Without it, or with one that
+does not match, a directory is no checkpoint.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..canonical import expert_of
+from .durable import DurableDirectory, durable_directory
+from .hashing import hash_file
+from .tensor_format import load_json
+from .tensors import NamedTensor, TensorReader, write_tensors
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointContent:
+    """What a checkpoint is made of. Tensors carry canonical names and are read while they are written."""
+
+    model: Mapping[str, NamedTensor]
+    optimizer: Mapping[str, NamedTensor]
+    state: Mapping[str, Any]  # plain JSON data
+    config: Mapping[str, Any]  # plain YAML data
+    registry: Mapping[str, Any]
+    tokenizer: bytes | None
+    hf_config: Mapping[str, Any] | None  # config.json of model/, where transformers knows such a model
+
+
+class Checkpoint:
+    """An open checkpoint; made by `open_checkpoint`. Tensors are read on demand, files hashed by `verify` alone."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self.state = _mapping(path / "state.json", _parsed(path / "state.json"))
+        self.registry = _mapping(path / "registry.json", _parsed(path / "registry.json"))
+        self.config = _mapping(path / "config.yaml", _load_yaml(path / "config.yaml"))
+        self.model = TensorReader(path / "model", "model")
+        self.optimizer = TensorReader(path / "optimizer", "optimizer") if (path / "optimizer").is_dir() else None
+
+    @property
+    def tokenizer(self) -> bytes | None:
+        """The tokenizer's file, where the checkpoint has one."""
+        path = self.path / "tokenizer.json"
+        return _read(path) if path.exists() else None
+
+    def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Check every file's size and hash against the manifest, and that each global expert is there exactly once.
+
+        `progress` hears bytes done and in all. Raises ValueError naming the first bad file or expert.
+        """
+        verify_files(self.path, self.manifest, progress)
+        check_experts(self.path, self.manifest, self.model.names())
+
+
+def write_checkpoint(path: Path, content: CheckpointContent, *, replace: bool = False) -> None:
+    """Write a checkpoint that appears under `path` complete or not at all; the manifest is its last file.
+
+    Raises ValueError where `path` exists (unless `replace`), WriteError where the disk refuses.
+    """
+    with durable_directory(path, replace=replace) as directory:
+        write_tensors(directory, "model", "model", content.model)
+        if content.hf_config is not None:
+            directory.write("model/config.json", _json(content.hf_config))
+        if content.optimizer:
+            write_tensors(directory, "optimizer", "optimizer", content.optimizer)
+        directory.write("state.json", _json(content.state))
+        directory.write("config.yaml", yaml.safe_dump(dict(content.config), sort_keys=False).encode())
+        directory.write("registry.json", _json(content.registry))
+        if content.tokenizer is not None:
+            directory.write("tokenizer.json", content.tokenizer)
+        _write_manifest(directory, content)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint `path`; ValueError in one line where it is none, damaged in form, or of a newer format."""
+    return Checkpoint(path, read_manifest(path))
+
+
+def read_manifest(path: Path) -> Mapping[str, Any]:
+    """Return the manifest of the checkpoint `path`, checked in form; ValueError in one line."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}")
+    manifest = _mapping(file, _parsed(file))
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format version {version!r}, this sigmoe reads {FORMAT_VERSION}: use the sigmoe that wrote it"
+        )
+    files, experts = manifest.get("files"), manifest.get("experts")
+    if not isinstance(files, dict) or not isinstance(experts, list):
+        raise ValueError(f"{file} lacks files or experts: it is damaged")
+    for name, record in files.items():
+        if not isinstance(record, dict) or type(record.get("size")) is not int or ".." in Path(name).parts:
+            raise ValueError(f"{file}: the entry of {name!r} is damaged")
+    return manifest
+
+
+def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
+    """Compare every file with the manifest; ValueError names the first that is missing, foreign or differs."""
+    files = manifest["files"]
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+    for name in sorted(present - set(files)):
+        raise ValueError(f"{path / name} is not in the manifest: it was added after the checkpoint was written")
+    done, total = 0, sum(record["size"] for record in files.values())
+    for name, record in sorted(files.items()):
+        file = path / name
+        if not file.is_file() or file.is_symlink():
+            raise ValueError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != record["size"]:
+            raise ValueError(f"{file} has {size:,} bytes instead of {record['size']:,}: it is damaged")
+        if hash_file(file).sha256 != record.get("sha256"):
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the one in the manifest")
+        done += size
+        progress(done, total)
+
+
+def check_experts(path: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Check that the tensors hold the manifest's experts, each exactly once and whole (three weights)."""
+    held = Counter(expert for expert in map(expert_of, names) if expert is not None)
+    listed = [tuple(expert) if isinstance(expert, list) else expert for expert in manifest["experts"]]
+    if len(set(listed)) != len(listed):
+        raise ValueError(f"{path / MANIFEST} lists an expert twice")
+    for layer, expert in sorted(set(listed) ^ set(held)):
+        where = "the manifest" if (layer, expert) not in set(listed) else "model/"
+        raise ValueError(f"{path}: expert {expert} of layer {layer} is missing from {where}")
+    for (layer, expert), count in sorted(held.items()):
+        if count != 3:
+            raise ValueError(f"{path}: expert {expert} of layer {layer} has {count} of its 3 weights")
+
+
+def checkpoint_bytes(content: CheckpointContent) -> int:
+    """Return about how many bytes the checkpoint takes on disk: its tensors, and a margin for the rest."""
+    tensors = [*content.model.values(), *content.optimizer.values()]
+    return sum(tensor.num_bytes + 256 for tensor in tensors) + len(content.tokenizer or b"") + (1 << 20)
+
+
+def _write_manifest(directory: DurableDirectory, content: CheckpointContent) -> None:
+    experts = {expert for expert in map(expert_of, content.model) if expert is not None}
+    files = {name: {"size": record.size, "sha256": record.sha256} for name, record in sorted(directory.records.items())}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "files": files,
+        "experts": [list(expert) for expert in sorted(experts)],
+    }
+    directory.write(MANIFEST, _json(manifest))
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parsed(path: Path) -> object:
+    try:
+        return load_json(_read(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _load_yaml(path: Path) -> object:
+    try:
+        return yaml.safe_load(_read(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def _mapping(path: Path, data: object) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged: it holds no group of keys")
+    return data
