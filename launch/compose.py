@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -58,6 +58,8 @@ def describe_command(command: str) -> str:
 def _one_line(command: str, overrides: list[str], error: Exception) -> str:
     """Say in one line what is wrong, and name the nearest key where one is unknown."""
     first = str(error).strip().splitlines()[0].rstrip(".")
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read ({first}): quote lists, groups and special characters for the shell"
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
         known = _keys(command, [override for override in overrides if not override.lstrip("+~").startswith(key)])

@@ -1,7 +1,7 @@
 """What a model is: frozen configs that validate themselves."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from .domains import DomainRegistry, build_registry
@@ -67,7 +67,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_embeddings: bool = False
-    embedding_slots: Mapping[str, int] = field(default_factory=dict)  # domain -> slot; others use slot 0
+    embedding_slots: Mapping[str, int] | None = None  # domain -> slot; others use slot 0
     init_std: float = 0.02
     router: RouterConfig
 
@@ -91,7 +91,7 @@ class ModelConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         _sparse_ids(self.sparse_layers, self.num_layers)
-        slots = set(self.embedding_slots.values()) | {0}
+        slots = set((self.embedding_slots or {}).values()) | {0}
         if slots != set(range(len(slots))):
             raise ValueError(f"embedding_slots must use every slot from 0 on, got {sorted(slots)}")
 
@@ -108,7 +108,7 @@ class ModelConfig:
     @property
     def num_slots(self) -> int:
         """Number of embedding slots."""
-        return len(set(self.embedding_slots.values()) | {0})
+        return len(set((self.embedding_slots or {}).values()) | {0})
 
     @property
     def sparse_layer_ids(self) -> tuple[int, ...]:

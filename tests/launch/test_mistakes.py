@@ -38,7 +38,7 @@ MISTAKES = {
     "dataset=nowhere": "nowhere",
     "--fast": "unknown option --fast",
     "steps": "write key=value",
-    "steps=[": "steps=[",
+    "steps=[": "'steps=[' cannot be read",
 }
 
 
