@@ -14,7 +14,10 @@ from ..moe.storage.durable import write_file
 
 
 class Metrics:
-    """Appends to `metrics.jsonl` in `directory`, and to `tensorboard/` where asked."""
+    """Appends to `metrics.jsonl` in `directory`, and to `tensorboard/` where asked.
+
+    What stands there of steps after `resumed_step` (-1: the run starts afresh) is dropped: it will be written again.
+    """
 
     def __init__(self, directory: Path, *, tensorboard: bool, resumed_step: int) -> None:
         self.path = directory / "metrics.jsonl"

@@ -51,4 +51,4 @@ class TrainProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the progress."""
-        (self._bar.console if self._bar is not None else self.console).print(text)
+        (self._bar.console if self._bar is not None else self.console).print(text, markup=False)

@@ -14,7 +14,7 @@ import torch
 from ..benchmarks.machine import matmul_rate
 from ..moe.counts import train_flops
 from ..moe.storage.checkpoint import checkpoint_bytes
-from ..moe.storage.durable import require_space
+from ..moe.storage.durable import WriteError, require_space
 from ..parallel.checkpointer import Checkpointer
 from .evaluation import DomainLoss, evaluate_domains
 from .metrics import Metrics
@@ -46,13 +46,14 @@ class Session:
         self.flops = train_flops(self.config.model, trainer.registry, self.config.sequence_length)
         self.before: dict[str, DomainLoss] = {}
         self.saved_step: int | None = None
+        self.resumed_step = -1  # the session begins with step 0 itself
 
     def resume(self) -> bool:
         """Go to the newest checkpoint that verifies, if there is one; check that the next one fits on the disk."""
         checkpoint = self.checkpointer.load_latest(self.progress.note)
         if checkpoint is not None:
             self.before = restore(self.trainer, checkpoint)
-            self.saved_step = self.trainer.step
+            self.saved_step = self.resumed_step = self.trainer.step
             self.progress.note(f"resuming {self.directory} at step {self.trainer.step}")
         require_space(self.directory, checkpoint_bytes(checkpoint_content(self.trainer, self.before)))
         return checkpoint is not None
@@ -62,7 +63,7 @@ class Session:
         config, trainer = self.config, self.trainer
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.matmul_rate = matmul_rate(trainer.device, dtype)
-        metrics = Metrics(self.directory, tensorboard=config.logger.tensorboard, resumed_step=trainer.step)
+        metrics = Metrics(self.directory, tensorboard=config.logger.tensorboard, resumed_step=self.resumed_step)
         seconds, first = 0.0, trainer.step
         try:
             if not self.before:
@@ -97,8 +98,9 @@ class Session:
             metrics.write(_values(step, self.trainer, speed, share))
         if config.evaluate.every and step.step % config.evaluate.every == 0 and step.step < config.steps:
             self._evaluate(metrics)
-        if config.save.every and step.step % config.save.every == 0:
-            self._save()
+        # The last step is saved after its evaluation: a run whose last step is saved has nothing left to do.
+        if config.save.every and step.step % config.save.every == 0 and step.step < config.steps:
+            self._try_save()
 
     def _evaluate(self, metrics: Metrics) -> dict[str, DomainLoss]:
         losses = evaluate_domains(
@@ -114,6 +116,13 @@ class Session:
             values[f"heldout_bits_per_byte/{name}"] = loss.bits_per_byte
         metrics.write(values)
         return losses
+
+    def _try_save(self) -> None:
+        """Save in mid-run, where a full disk is no reason to stop: the checkpoint before still stands."""
+        try:
+            self._save()
+        except WriteError as error:
+            self.progress.note(f"step {self.trainer.step} is not saved, training goes on: {error}")
 
     def _save(self) -> None:
         self.progress.note(f"saving step {self.trainer.step}")

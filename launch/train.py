@@ -11,7 +11,8 @@ import yaml
 
 from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
-from ..moe.storage.durable import write_file
+from ..moe.storage.checkpoint import load_yaml
+from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
 from .console import results
 from .main import main
 from .progress import TrainProgress
@@ -40,7 +41,8 @@ def run(config: Mapping[str, Any]) -> None:
         limit = "steps" if trainer.step >= train_config.steps else "stop_at"
         progress.note(f"{directory} stands at step {trainer.step} already: raise {limit}, or give another out=")
         return
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
+    remove_stale(directory)
     write_file(directory / "config.yaml", yaml.safe_dump(train_config.to_dict(), sort_keys=False).encode())
     count = count_parameters(train_config.model, trainer.registry)
     progress.note(
@@ -78,10 +80,10 @@ def _check_directory(directory: Path, config: TrainConfig) -> bool:
     """Return whether a run stands in `directory`; raise ValueError where it is another run, or no run at all."""
     path = directory / "config.yaml"
     if not path.exists():
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and not (directory.is_dir() and all(is_leftover(p.name) for p in directory.iterdir())):
             raise ValueError(f"out={directory} exists and is not a run: give another out=")
         return False
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = load_yaml(path)
     if not isinstance(before, Mapping):
         raise ValueError(f"{path} is not the config of a run: give another out=")
     check_same_run(before, config.to_dict())

@@ -33,7 +33,10 @@ def run(config: Mapping[str, object]) -> None:
         files = checkpoint.manifest["files"]
         results().print(
             f"ok  {path}  step {checkpoint.state.get('step')}  {len(files) + 1} files  "
-            f"{sum(record['size'] for record in files.values()):,} bytes  {len(checkpoint.manifest['experts'])} experts"
+            f"{sum(record['size'] for record in files.values()):,} bytes  "
+            f"{len(checkpoint.manifest['experts'])} experts",
+            markup=False,
+            soft_wrap=True,
         )
 
 
@@ -42,10 +45,11 @@ def find_checkpoints(path: Path, *, every: bool) -> list[Path]:
     if (path / MANIFEST).is_file():
         return [path]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = Checkpointer(folder, keep=None).steps()
+    checkpointer = Checkpointer(folder, keep=None)
+    steps = checkpointer.found()
     if not steps:
-        raise ValueError(f"{path} holds no checkpoint: give a step directory or a run directory")
-    return [folder / f"step-{step:08}" for step in (steps if every else steps[-1:])]
+        raise ValueError(f"{path} holds no {MANIFEST}, nor checkpoints: give a step directory or a run directory")
+    return [checkpointer.path(step) for step in (steps if every else steps[-1:])]
 
 
 def verify_checkpoint(path: Path, progress: Progress) -> Checkpoint:

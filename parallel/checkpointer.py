@@ -22,22 +22,31 @@ class Checkpointer:
         A directory of the same step is replaced: it was refused, or this run went back behind it.
         Raises WriteError where the disk refuses; the checkpoints before still stand.
         """
-        path = self.directory / f"step-{step:08}"
+        path = self.path(step)
         make_directory(self.directory)
         write_checkpoint(path, content, replace=path.exists())
         write_file(self.directory / "latest", f"{path.name}\n".encode())
         if self.keep is not None:
             older = [other for other in self.steps() if other < step]
             for other in older[: max(len(older) + 1 - self.keep, 0)]:
-                remove_directory(self.directory / f"step-{other:08}")
+                if not self.path(other).is_symlink():  # moved elsewhere by the user, whose it is now
+                    remove_directory(self.path(other))
         return path
+
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of `step` stands, or would stand."""
+        return self.directory / f"step-{step:08}"
 
     def steps(self) -> tuple[int, ...]:
         """Return the steps of the directories that have a manifest, ascending."""
+        return tuple(step for step in self.found() if (self.path(step) / MANIFEST).is_file())
+
+    def found(self) -> tuple[int, ...]:
+        """Return the steps of all step directories, ascending; one without a manifest has lost it since."""
         if not self.directory.is_dir():
             return ()
-        found = ((_STEP.fullmatch(path.name), path) for path in self.directory.iterdir())
-        return tuple(sorted(int(match[1]) for match, path in found if match and (path / MANIFEST).is_file()))
+        steps = {int(match[1]) for path in self.directory.iterdir() if (match := _STEP.fullmatch(path.name))}
+        return tuple(sorted(step for step in steps if self.path(step).is_dir()))
 
     def load_latest(self, on_fallback: Callable[[str], None]) -> Checkpoint | None:
         """Return the newest checkpoint whose every file verifies; None where there is none at all.
@@ -48,9 +57,9 @@ class Checkpointer:
         if self.directory.is_dir():
             remove_stale(self.directory)
         damage = None
-        for step in reversed(self.steps()):
+        for step in reversed(self.found()):
             try:
-                checkpoint = open_checkpoint(self.directory / f"step-{step:08}")
+                checkpoint = open_checkpoint(self.path(step))
                 checkpoint.verify()
             except ValueError as error:
                 damage = damage or error

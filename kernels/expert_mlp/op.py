@@ -7,7 +7,7 @@ Shape letters: R rows, M rows of one expert (padded with zero rows), D model wid
 rows, then up rows), E experts.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,26 +35,28 @@ class _ExpertMlp(torch.autograd.Function):
     def forward(
         ctx: Any, rows_RD: torch.Tensor, counts: list[int], gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor
     ) -> torch.Tensor:
+        spans = _spans(counts, rows_RD)
         out_RD = torch.empty_like(rows_RD, memory_format=torch.contiguous_format)
-        hidden: list[torch.Tensor] = []
-        for e, rows in _spans(counts):
+        # One buffer of a steady size: pieces that change from step to step would scatter the heap.
+        hidden_RG = rows_RD.new_empty(spans[-1].hidden.stop if spans else 0, gate_up_EGD.shape[1])
+        for e, rows, hidden in spans:
             hidden_MG = product(_padded(rows_RD[rows]), gate_up_EGD[e])
-            hidden.append(hidden_MG)
+            hidden_RG[hidden] = hidden_MG
             out_RD[rows] = product(swiglu_forward(hidden_MG), down_EDF[e])[: rows.stop - rows.start]
-        ctx.save_for_backward(rows_RD, gate_up_EGD, down_EDF, *hidden)
+        ctx.save_for_backward(rows_RD, hidden_RG, gate_up_EGD, down_EDF)
         ctx.counts = counts
         return out_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows_RD, gate_up_EGD, down_EDF, *hidden = ctx.saved_tensors
+        rows_RD, hidden_RG, gate_up_EGD, down_EDF = ctx.saved_tensors
         need_rows, _, need_gate_up, need_down = ctx.needs_input_grad
         grad_rows = torch.empty_like(rows_RD) if need_rows else None
         grad_gate_up = torch.empty_like(gate_up_EGD) if need_gate_up else None
         grad_down = torch.empty_like(down_EDF) if need_down else None
-        for (e, rows), hidden_MG in zip(_spans(ctx.counts), hidden, strict=True):
+        for e, rows, hidden in _spans(ctx.counts, rows_RD):
             grad_MD = _padded(grads[0][rows])
-            act_MF, grad_MG = swiglu_backward(product(grad_MD, down_EDF[e].t()), hidden_MG)
+            act_MF, grad_MG = swiglu_backward(product(grad_MD, down_EDF[e].t()), hidden_RG[hidden])
             if grad_down is not None:
                 grad_down[e] = product(grad_MD.t(), act_MF.t())
             if grad_gate_up is not None:
@@ -69,13 +71,21 @@ class _ExpertMlp(torch.autograd.Function):
         return grad_rows, None, grad_gate_up, grad_down
 
 
-def _spans(counts: list[int]) -> list[tuple[int, slice]]:
-    """Each expert that has any rows, and where they are."""
-    spans, begin = [], 0
+class _Span(NamedTuple):
+    """An expert that has rows: where they are, and where their (padded) pre-activations are."""
+
+    expert: int
+    rows: slice
+    hidden: slice
+
+
+def _spans(counts: list[int], like: torch.Tensor) -> list[_Span]:
+    spans, row, place = [], 0, 0
     for e, count in enumerate(counts):
         if count:
-            spans.append((e, slice(begin, begin + count)))
-        begin += count
+            size = padded_rows(count, like)
+            spans.append(_Span(e, slice(row, row + count), slice(place, place + size)))
+            row, place = row + count, place + size
     return spans
 
 

@@ -108,7 +108,7 @@ def _spool_folder(out: Path) -> Iterator[Path]:
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     make_directory(out.absolute().parent)
     remove_stale(out.parent)
-    prefix, suffix = f".tmp-{out.name}.", f"-{os.getpid()}"
+    prefix, suffix = f".sigmoe-tmp-{out.name}.", f"-{os.getpid()}"
     try:
         with write_errors(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=prefix, suffix=suffix) as name:
             yield Path(name)

@@ -45,7 +45,7 @@ class Checkpoint:
         self.path, self.manifest = path, manifest
         self.state = _mapping(path / "state.json", _parsed(path / "state.json"))
         self.registry = _mapping(path / "registry.json", _parsed(path / "registry.json"))
-        self.config = _mapping(path / "config.yaml", _load_yaml(path / "config.yaml"))
+        self.config = _mapping(path / "config.yaml", load_yaml(path / "config.yaml"))
         self.model = TensorReader(path / "model", "model")
         self.optimizer = TensorReader(path / "optimizer", "optimizer") if (path / "optimizer").is_dir() else None
 
@@ -103,8 +103,12 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     if not isinstance(files, dict) or not isinstance(experts, list):
         raise ValueError(f"{file} lacks files or experts: it is damaged")
     for name, record in files.items():
-        if not isinstance(record, dict) or type(record.get("size")) is not int or ".." in Path(name).parts:
+        outside = name.startswith("/") or ".." in Path(name).parts
+        if not isinstance(record, dict) or type(record.get("size")) is not int or outside:
             raise ValueError(f"{file}: the entry of {name!r} is damaged")
+    for expert in experts:
+        if not isinstance(expert, list) or [type(part) for part in expert] != [int, int]:
+            raise ValueError(f"{file}: {expert!r} is no pair of layer and expert: it is damaged")
     return manifest
 
 
@@ -122,7 +126,7 @@ def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[in
         size = file.stat().st_size
         if size != record["size"]:
             raise ValueError(f"{file} has {size:,} bytes instead of {record['size']:,}: it is damaged")
-        if hash_file(file).sha256 != record.get("sha256"):
+        if _hash(file) != record.get("sha256"):
             raise ValueError(f"{file} is damaged: its SHA-256 is not the one in the manifest")
         done += size
         progress(done, total)
@@ -131,7 +135,7 @@ def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[in
 def check_experts(path: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """Check that the tensors hold the manifest's experts, each exactly once and whole (three weights)."""
     held = Counter(expert for expert in map(expert_of, names) if expert is not None)
-    listed = [tuple(expert) if isinstance(expert, list) else expert for expert in manifest["experts"]]
+    listed = [(layer, expert) for layer, expert in manifest["experts"]]
     if len(set(listed)) != len(listed):
         raise ValueError(f"{path / MANIFEST} lists an expert twice")
     for layer, expert in sorted(set(listed) ^ set(held)):
@@ -146,6 +150,19 @@ def checkpoint_bytes(content: CheckpointContent) -> int:
     """Return about how many bytes the checkpoint takes on disk: its tensors, and a margin for the rest."""
     tensors = [*content.model.values(), *content.optimizer.values()]
     return sum(tensor.num_bytes + 256 for tensor in tensors) + len(content.tokenizer or b"") + (1 << 20)
+
+
+def load_yaml(path: Path) -> object:
+    """Parse a YAML file into plain data; ValueError in one line where it is none."""
+    data = _read(path)
+    try:
+        return yaml.safe_load(data)
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
+    # PyYAML's constructors trust a tag: `!!int ""` is an IndexError, `!!bool x` a KeyError, `!!timestamp x` an
+    # AttributeError, 2001-99-99 a ValueError (PyYAML 6.0).
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _write_manifest(directory: DurableDirectory, content: CheckpointContent) -> None:
@@ -170,18 +187,18 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _hash(path: Path) -> str:
+    try:
+        return hash_file(path).sha256
+    except OSError as error:  # a bad sector damages a file as a flipped bit does
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _parsed(path: Path) -> object:
     try:
         return load_json(_read(path))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _load_yaml(path: Path) -> object:
-    try:
-        return yaml.safe_load(_read(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _mapping(path: Path, data: object) -> dict[str, Any]:

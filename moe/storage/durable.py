@@ -1,16 +1,17 @@
 """Directories and files that appear whole or not at all: hashed while written, fsynced, then renamed into place.
 
-`durable_directory(path)` writes into a hidden sibling `.tmp-<name>-<pid>`. Only when every file and every folder in
-it is on the disk is it renamed to `path`, and then the parent is fsynced. So a kill at any moment leaves either the
-old state or the new one under `path`, and at worst a hidden leftover, which the next writer removes (`remove_stale`).
+`durable_directory(path)` writes into a hidden sibling `.sigmoe-tmp-<name>-<pid>`. Only when every file and every
+folder in it is on the disk is it renamed to `path`, and then the parent is fsynced. So a kill at any moment leaves
+either the old state or the new one under `path`, and at worst a hidden leftover, which the next writer removes
+(`remove_stale`). The prefix is ours alone: the parent may be the user's own folder.
 
 Replacing a directory takes two renames, since POSIX cannot rename onto a directory that has files in it:
 
-    path -> .old-<name>-<pid>,   .tmp-<name>-<pid> -> path,   (fsync)   .old-<name>-<pid> is deleted
+    path -> .sigmoe-old-<name>-<pid>, .sigmoe-tmp-<name>-<pid> -> path, (fsync) .sigmoe-old-<name>-<pid> is deleted
 
 A kill between the two leaves `path` missing and the old directory whole under its hidden name; `restore_replaced`
-puts it back. A directory that is to be deleted is renamed to `.tmp-...` first, so that half of it never stands under
-a name that counts.
+puts it back. A directory that is to be deleted is renamed to `.sigmoe-tmp-...` first, so that half of it never
+stands under a name that counts.
 """
 
 import errno
@@ -30,6 +31,7 @@ __all__ = [
     "FileRecord",
     "WriteError",
     "durable_directory",
+    "is_leftover",
     "make_directory",
     "remove_directory",
     "remove_stale",
@@ -38,7 +40,7 @@ __all__ = [
     "write_file",
 ]
 
-_HIDDEN = re.compile(r"\.(tmp|old)-(?P<name>.+)-(?P<pid>[0-9]+)", re.DOTALL)
+_HIDDEN = re.compile(r"\.sigmoe-(tmp|old)-(?P<name>.+)-(?P<pid>[0-9]+)", re.DOTALL)
 _STARTED = time.time()
 
 
@@ -187,8 +189,13 @@ def require_space(parent: Path, num_bytes: int) -> None:
         raise WriteError(f"{parent}: not enough disk space: {needed}; free some or choose another directory")
 
 
+def is_leftover(name: str) -> bool:
+    """Whether an entry of this name is what a killed writer left, or a living one's work in progress."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
 def _hidden(kind: str, path: Path) -> Path:
-    return path.parent / f".{kind}-{path.name}-{os.getpid()}"
+    return path.parent / f".sigmoe-{kind}-{path.name}-{os.getpid()}"
 
 
 def _leftovers(parent: Path) -> list[tuple[Path, str, str]]:

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from sigmoe.launch.compose import compose_command
 from sigmoe.launch.data import run
 from sigmoe.launch.main import main

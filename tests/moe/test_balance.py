@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from sigmoe.moe.balance import (
     batch_balance_sum,
     next_bias,
@@ -70,10 +71,10 @@ def test_next_bias_lifts_the_idle_and_lowers_the_busy():
 
 
 def test_next_bias_adds_up_an_expert_of_two_groups():
-    # Group a: expert 0 one over its mean, expert 1 one under. Group b: expert 1 three over, expert 2 three under.
-    count_NE = torch.tensor([[3, 1, 0], [0, 7, 1]])
+    # Expert 1 is five over the mean of group a and one under that of group b: four over in all.
+    count_NE = torch.tensor([[0, 10, 0], [0, 1, 3]])
     new_E = next_bias(torch.zeros(3), count_NE, ((0, 1), (1, 2)), 0.5)
-    assert torch.equal(new_E, torch.tensor([-0.5, -0.5, 0.5]))
+    assert torch.equal(new_E, torch.tensor([0.5, -0.5, -0.5]))
 
 
 def test_next_bias_stands_still_without_tokens():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from sigmoe.moe.canonical import canonical_tensors, canonical_views, expected_shapes, expert_of
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.model import Transformer

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.config import ModelConfig, RouterConfig, check_registry, num_experts
 from sigmoe.moe.domains import Domain, DomainRegistry
 from sigmoe.moe.parsing import from_mapping

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.counts import count_parameters, train_flops
 from sigmoe.moe.model import Transformer

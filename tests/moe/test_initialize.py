@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from sigmoe.moe.canonical import canonical_tensors
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.initialize import draw, initialize

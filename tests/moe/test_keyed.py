@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.keyed import generator, keyed_uniform, numpy_generator, seed_of
 
 PARTS = st.lists(st.integers(-5, 5) | st.text("ab1:\x1f", max_size=3), max_size=4).map(tuple)

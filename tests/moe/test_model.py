@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch.nn import functional
+
 from sigmoe.moe.batch import IGNORED
 from sigmoe.moe.canonical import canonical_tensors
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.model import Transformer
 from sigmoe.moe.routing import TrainingPass
-from torch.nn import functional
 
 NAMES = ("a", "b")
 GLOBAL = RouterConfig(name="top_k", num_experts=5)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.parsing import from_mapping
 

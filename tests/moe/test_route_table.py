@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.model import Transformer
 from sigmoe.moe.route_table import build_route_row, fill_route_tables

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from sigmoe.moe.balance import uniform_fractions
 from sigmoe.moe.config import RouterConfig
 from sigmoe.moe.dispatch import LocalDispatcher

@@ -1,6 +1,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.batch import IGNORED, Batch
 from sigmoe.moe.routing import group_by_domain, merge_groups
 

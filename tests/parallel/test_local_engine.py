@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+
 from sigmoe.moe.canonical import canonical_tensors, canonical_views
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.initialize import initialize

@@ -1,9 +1,12 @@
 """The same weights in transformers' Mixtral and in ours: the same logits, loss, gradients and files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from sigmoe.launch.trainer import StepMetrics, Trainer
 from sigmoe.moe.canonical import canonical_tensors, canonical_views
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.hf.config import hf_config
@@ -101,11 +104,24 @@ def their_auxiliary(model, token_BS):
 
 
 def our_losses(model, token_BS):
-    """Loss per label, and the mean balance loss over layers and tokens: what training adds up."""
+    """Loss per label, and the mean balance loss over layers and tokens."""
     inputs_BS = token_BS[:, :-1]
     output = model(inputs_BS, label_BS=token_BS[:, 1:], training=TrainingPass(seed=0, step=0))
     balance = torch.stack([stats.balance_sum for stats in output.stats]).sum()
     return output.loss_sum / inputs_BS.numel(), balance / (len(output.stats) * inputs_BS.numel())
+
+
+def our_objective(model, token_BS):
+    """What the trainer differentiates, one sequence at a time, and its own figure of the balance."""
+    trainer = SimpleNamespace(config=SimpleNamespace(model=model.config))
+    metrics = StepMetrics(step=1, lr=0.0, loss_sum_N=torch.zeros(1), labels_N=torch.zeros(1))
+    inputs_BS, label_BS = token_BS[:, :-1], token_BS[:, 1:]
+    objective = torch.zeros(())
+    for row in range(len(token_BS)):
+        rows = slice(row, row + 1)
+        output = model(inputs_BS[rows], label_BS=label_BS[rows], training=TrainingPass(seed=0, step=0))
+        objective = objective + Trainer._objective(trainer, output, inputs_BS.numel(), inputs_BS.numel(), metrics)
+    return objective, metrics.aux_loss
 
 
 def their_losses(model, token_BS):
@@ -141,8 +157,12 @@ def test_loss_and_every_gradient_of_a_step_are_theirs(tmp_path):
     assert relative(our_loss.detach(), their_loss.detach()) < 1e-6
     assert relative(our_balance.detach(), their_balance.detach()) < 1e-5
     assert float(our_balance.detach()) > 1.02
-    (our_loss + ROUTER.auxiliary_loss * our_balance).backward()
-    (their_loss + ROUTER.auxiliary_loss * their_balance).backward()
+    our_total, counted_balance = our_objective(ours, token_BS)
+    their_total = their_loss + AUXILIARY * their_balance
+    assert relative(our_total.detach(), their_total.detach()) < 1e-6
+    assert counted_balance == pytest.approx(float(their_balance.detach()), rel=1e-5)
+    our_total.backward()
+    their_total.backward()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(parameter.grad)

@@ -36,20 +36,21 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture
-def train(dataset, tmp_path, monkeypatch):
+def train(tiny, tmp_path, monkeypatch):
     """Run `sigmoe train` on a tiny model, in this process; returns the exit code."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str) -> int:
-        return main(["train", *tiny(dataset), *overrides])
+        return main(["train", *tiny, *overrides])
 
     yield run
     torch.set_num_threads(threads)
 
 
-def tiny(dataset: Path) -> list[str]:
+@pytest.fixture(scope="session")
+def tiny(dataset):
     """Overrides for a run of ten steps that takes a second."""
     model = ["model=tiny", "model.dim=16", "model.expert_dim=16", "router.sets=2"]
     sizes = ["steps=10", "global_batch=4", "sequence_length=32", "schedule.warmup_steps=2", "evaluate.tokens=256"]
