@@ -22,7 +22,7 @@ demo: $(READY) ## six domains of real text, trained for minutes, with a table of
 	$(BIN)/sigmoe verify checkpoint=runs/quickstart
 
 test: $(READY) ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
 
 lint: $(READY) ## static checks
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ _OPTIONS = """options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for a user's mistake (one line on stderr), 1 for a failure of the machine."""
+    """Run a command; return 0, 2 for a user's mistake (one line on stderr), 1 for a machine's failure, 130 if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _drop_package_root()
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     try:
         return _run(command, rest)
+    except KeyboardInterrupt:
+        print(f"sigmoe {command}: interrupted", file=sys.stderr)  # noqa: T201
+        return 130
     except (ValueError, OSError) as error:
         if "--traceback" in rest:
             traceback.print_exc()
@@ -53,7 +56,7 @@ def _run(command: str, rest: list[str]) -> int:
 
         print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
         return 0
-    importlib.import_module(f"..{command}", __name__).run(config)
+    importlib.import_module(f".{command}", __package__).run(config)
     return 0
 
 

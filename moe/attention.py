@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
+from ..kernels.linear import linear
 from ..kernels.rope import rope
 from .config import ModelConfig
 
@@ -39,13 +40,12 @@ class SelfAttention(nn.Module):
         """Attend from every token to those of its document at or before it."""
         batch, length, _ = x_BSD.shape
         config, c = self.config, self.config.head_width
-        q_BSHC = self.q_proj(x_BSD).view(batch, length, config.num_heads, c)
-        k_BSGC = self.k_proj(x_BSD).view(batch, length, config.num_kv_heads, c)
-        v_BSGC = self.v_proj(x_BSD).view(batch, length, config.num_kv_heads, c)
+        q_BSHC = linear(x_BSD, self.q_proj.weight).view(batch, length, config.num_heads, c)
+        k_BSGC = linear(x_BSD, self.k_proj.weight).view(batch, length, config.num_kv_heads, c)
+        v_BSGC = linear(x_BSD, self.v_proj.weight).view(batch, length, config.num_kv_heads, c)
         q_norm = self.q_norm.weight if config.qk_norm != "none" else None
         k_norm = self.k_norm.weight if config.qk_norm != "none" else None
         q_BSHC = rope(q_BSHC, position_BS, config.rope_theta, norm_weight=q_norm, eps=config.norm_eps)
         k_BSGC = rope(k_BSGC, position_BS, config.rope_theta, norm_weight=k_norm, eps=config.norm_eps)
         out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, start_BS, window=config.sliding_window)
-        out: Tensor = self.o_proj(out_BSHC.reshape(batch, length, config.num_heads * c))
-        return out
+        return linear(out_BSHC.reshape(batch, length, config.num_heads * c), self.o_proj.weight)

@@ -142,6 +142,8 @@ def check_registry(config: ModelConfig, registry: DomainRegistry) -> None:
                     f"router.top_k is {config.router.top_k}, but domain {name!r} has {len(experts)} expert(s) in layer "
                     f"{layer}: lower top_k or give it more experts"
                 )
+            if config.router.name != "rre" and config.router.top_k == 1 < len(experts) and config.router.renormalize:
+                raise ValueError("router.top_k=1 makes every renormalised weight 1: set router.renormalize=false")
         used = {expert for experts in registry.sets(index) for expert in experts}
         if used != set(range(len(used))):
             gap = min(set(range(max(used))) - used)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.expert_mlp import expert_mlp
+from ..kernels.linear import linear
 from ..kernels.swiglu import swiglu
 
 
@@ -33,4 +34,4 @@ class DenseFFN(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Apply the feed-forward to every token."""
-        return nn.functional.linear(swiglu(nn.functional.linear(x_BSD, self.gate_up)), self.down)
+        return linear(swiglu(linear(x_BSD, self.gate_up)), self.down)

@@ -18,11 +18,6 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """Return a CPU generator seeded by the parts."""
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
 def numpy_generator(*parts: int | str) -> np.random.Generator:
     """Return a counter-based (Philox) numpy generator seeded by the parts."""
     return np.random.Generator(np.random.Philox(seed_of(*parts)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import linear
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .config import ModelConfig, check_registry
 from .domains import DomainRegistry
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
             start_BS = torch.zeros_like(token_BS)
         x_BSD, stats = self.model(self._embed(token_BS, groups), start_BS, context)
         if label_BS is None:
-            parts = [nn.functional.linear(group.of(x_BSD), weight) for group, weight in self._heads(groups)]
+            parts = [linear(group.of(x_BSD), weight) for group, weight in self._heads(groups)]
             return ModelOutput(logits_BSV=self._merge(groups, parts), loss_sum=None, loss_BS=None, stats=stats)
         losses = [
             linear_cross_entropy(group.of(x_BSD).flatten(0, 1), weight, group.of(label_BS).flatten())

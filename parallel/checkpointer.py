@@ -4,8 +4,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..moe.storage.checkpoint import MANIFEST, Checkpoint, CheckpointContent, open_checkpoint, write_checkpoint
-from ..moe.storage.durable import make_directory, remove_directory, remove_stale, write_file
+from ..moe.storage.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointContent,
+    checkpoint_bytes,
+    open_checkpoint,
+    write_checkpoint,
+)
+from ..moe.storage.durable import make_directory, remove_directory, remove_stale, require_space, write_file
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -24,6 +31,8 @@ class Checkpointer:
         """
         path = self.path(step)
         make_directory(self.directory)
+        remove_stale(self.directory)  # before the space is measured: a killed save may have left as much again
+        require_space(self.directory, checkpoint_bytes(content))
         write_checkpoint(path, content, replace=path.exists())
         write_file(self.directory / "latest", f"{path.name}\n".encode())
         if self.keep is not None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..linear import padded_rows, product
+from ..linear import padded, padded_size, product
 from ..swiglu.op import swiglu_backward, swiglu_forward
 
 
@@ -40,7 +40,7 @@ class _ExpertMlp(torch.autograd.Function):
         # One buffer of a steady size: pieces that change from step to step would scatter the heap.
         hidden_RG = rows_RD.new_empty(spans[-1].hidden.stop if spans else 0, gate_up_EGD.shape[1])
         for e, rows, hidden in spans:
-            hidden_MG = product(_padded(rows_RD[rows]), gate_up_EGD[e])
+            hidden_MG = product(padded(rows_RD[rows]), gate_up_EGD[e])
             hidden_RG[hidden] = hidden_MG
             out_RD[rows] = product(swiglu_forward(hidden_MG), down_EDF[e])[: rows.stop - rows.start]
         ctx.save_for_backward(rows_RD, hidden_RG, gate_up_EGD, down_EDF)
@@ -55,12 +55,12 @@ class _ExpertMlp(torch.autograd.Function):
         grad_gate_up = torch.empty_like(gate_up_EGD) if need_gate_up else None
         grad_down = torch.empty_like(down_EDF) if need_down else None
         for e, rows, hidden in _spans(ctx.counts, rows_RD):
-            grad_MD = _padded(grads[0][rows])
+            grad_MD = padded(grads[0][rows])
             act_MF, grad_MG = swiglu_backward(product(grad_MD, down_EDF[e].t()), hidden_RG[hidden])
             if grad_down is not None:
                 grad_down[e] = product(grad_MD.t(), act_MF.t())
             if grad_gate_up is not None:
-                grad_gate_up[e] = product(grad_MG.t(), _padded(rows_RD[rows]).t())
+                grad_gate_up[e] = product(grad_MG.t(), padded(rows_RD[rows]).t())
             if grad_rows is not None:
                 grad_rows[rows] = product(grad_MG, gate_up_EGD[e].t())[: rows.stop - rows.start]
         for e, count in enumerate(ctx.counts):
@@ -83,19 +83,7 @@ def _spans(counts: list[int], like: torch.Tensor) -> list[_Span]:
     spans, row, place = [], 0, 0
     for e, count in enumerate(counts):
         if count:
-            size = padded_rows(count, like)
+            size = padded_size(count, like)
             spans.append(_Span(e, slice(row, row + count), slice(place, place + size)))
             row, place = row + count, place + size
     return spans
-
-
-def _padded(rows_ND: torch.Tensor) -> torch.Tensor:
-    """The rows, followed by the zero rows that the products want: [M, D]."""
-    num_rows = rows_ND.shape[0]
-    size = padded_rows(num_rows, rows_ND)
-    if size == num_rows:
-        return rows_ND
-    padded_MD = rows_ND.new_empty(size, rows_ND.shape[1])
-    padded_MD[:num_rows] = rows_ND
-    padded_MD[num_rows:] = 0
-    return padded_MD

@@ -1,13 +1,14 @@
 """A linear map without bias, its three products by `product`.
 
-Shape letters: D input width, N output width, T tokens (all leading dimensions together).
+Shape letters: D input width, N output width, T tokens (all leading dimensions together), M tokens and
+zero rows after them.
 """
 
 from typing import Any
 
 import torch
 
-from .product import product
+from .product import padded, product
 
 
 def linear(x: torch.Tensor, weight_ND: torch.Tensor) -> torch.Tensor:
@@ -24,12 +25,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_ND: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight_ND)
-        return product(x.reshape(-1, x.shape[-1]), weight_ND).view(*x.shape[:-1], weight_ND.shape[0])
+        x_TD = x.reshape(-1, x.shape[-1])
+        out_TN = product(padded(x_TD), weight_ND)[: x_TD.shape[0]]
+        return out_TN.view(*x.shape[:-1], weight_ND.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight_ND = ctx.saved_tensors
-        grad_TN = grads[0].reshape(-1, weight_ND.shape[0])
-        grad_x = product(grad_TN, weight_ND.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad_TN.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        x_TD = x.reshape(-1, x.shape[-1])
+        grad_MN = padded(grads[0].reshape(-1, weight_ND.shape[0]))
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad_MN, weight_ND.t())[: x_TD.shape[0]].view_as(x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = product(grad_MN.t(), padded(x_TD).t())
         return grad_x, grad_weight

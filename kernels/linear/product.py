@@ -22,15 +22,27 @@ def product(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     return a_MK @ b_NK.t()
 
 
-def padded_rows(num_rows: int, like: torch.Tensor) -> int:
-    """How many rows to give a product of `num_rows` rows: as many, or a few more where every new size is costly.
+def padded(x_TD: torch.Tensor) -> torch.Tensor:
+    """The rows of x_TD and, where products of any number of rows are costly, a few zero rows after them."""
+    num_rows = x_TD.shape[0]
+    size = padded_size(num_rows, x_TD)
+    if size == num_rows:
+        return x_TD
+    padded_MD = x_TD.new_empty(size, x_TD.shape[1])
+    padded_MD[:num_rows] = x_TD
+    padded_MD[num_rows:] = 0
+    return padded_MD
 
-    oneDNN compiles code for each M, N and K that it meets (about 0.5 ms and 0.5 MB) and keeps about a thousand. Rounded
-    up, there are eight sizes between one power of two and the next.
+
+def padded_size(num_rows: int, like: torch.Tensor) -> int:
+    """How many rows `padded` makes of num_rows, for products of `like`'s dtype on its device.
+
+    oneDNN compiles code for each M, N and K that it meets (half a millisecond, half a megabyte) and keeps the last
+    thousand. Rounded up to 64 rows, above 1024 to an eighth of a power of two, few sizes are left.
     """
     if not _uses_onednn(like):
         return num_rows
-    step = max(8, 1 << max(num_rows.bit_length() - 4, 0))
+    step = 16 if num_rows <= 64 else max(64, 1 << (num_rows.bit_length() - 4))
     return -(-num_rows // step) * step
 
 

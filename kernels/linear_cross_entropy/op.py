@@ -3,14 +3,15 @@
 Where a gradient is wanted, it is computed in the forward pass while the chunk's logits are at hand (the way of Liger's
 fused linear cross-entropy, arXiv:2410.10989), so neither logits nor probabilities are kept.
 
-Shape letters: T tokens, D model width, V vocabulary, N tokens of a chunk.
+Shape letters: T tokens, D model width, V vocabulary, N tokens of a chunk (and padding).
 """
 
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from ..linear import product
+from ..linear import padded, product
 
 _IGNORED = -100
 _CHUNK_ELEMENTS = 1 << 22
@@ -50,20 +51,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_TD) if need_x else None
         # Grown transposed: the small chunk of x then is the operand that the product copies.
         grad_weight_DV = torch.zeros(x_TD.shape[1], V, dtype=wide, device=x_TD.device) if need_weight else None
-        size = max(1, min(T, _CHUNK_ELEMENTS // max(V, 1)))
-        for begin in range(0, T, size):
-            rows = slice(begin, begin + size)
-            logits_NV = product(x_TD[rows], weight_VD).to(wide)
-            prob_NV, lse_N, chosen_N = _softmax(logits_NV, label_T[rows])
-            loss_T[rows] = lse_N - chosen_N
-            penalty_T[rows] = z_loss * lse_N.square()
+        for rows in _chunks(T, V):
+            x_ND, num_rows = padded(x_TD[rows]), rows.stop - rows.start
+            label_N = functional.pad(label_T[rows], (0, x_ND.shape[0] - num_rows), value=_IGNORED)
+            prob_NV, lse_N, chosen_N = _softmax(product(x_ND, weight_VD).to(wide), label_N)
+            loss_T[rows] = (lse_N - chosen_N)[:num_rows]
+            penalty_T[rows] = z_loss * lse_N[:num_rows].square()
             if grad_x is None and grad_weight_DV is None:
                 continue
-            grad_NV = _grad_logits(prob_NV, lse_N, label_T[rows], z_loss).to(x_TD.dtype)
+            grad_NV = _grad_logits(prob_NV, lse_N, label_N, z_loss).to(x_TD.dtype)
             if grad_x is not None:
-                grad_x[rows] = product(grad_NV, weight_VD.t())
+                grad_x[rows] = product(grad_NV, weight_VD.t())[:num_rows]
             if grad_weight_DV is not None:
-                grad_weight_DV += product(x_TD[rows].t(), grad_NV.t())
+                grad_weight_DV += product(x_ND.t(), grad_NV.t())
         labelled_T = label_T != _IGNORED
         loss_T, penalty_T = loss_T.where(labelled_T, 0.0), penalty_T.where(labelled_T, 0.0)
         grad_weight = None if grad_weight_DV is None else grad_weight_DV.to(weight_VD.dtype).t().contiguous()
@@ -82,6 +82,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad is not None:
                 grad.mul_(grads[0])
         return grad_x, grad_weight, None, None, None, None
+
+
+def _chunks(T: int, V: int) -> list[slice]:
+    """Chunks of tokens, a multiple of 64 long where they are that long."""
+    size = max(1, _CHUNK_ELEMENTS // V)
+    size -= size % 64 if size > 64 else 0
+    return [slice(begin, min(begin + size, T)) for begin in range(0, T, size)]
 
 
 def _softmax(logits_NV: torch.Tensor, label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -119,6 +119,12 @@ def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[in
     for name in sorted(present - set(files)):
         raise ValueError(f"{path / name} is not in the manifest: it was added after the checkpoint was written")
     done, total = 0, sum(record["size"] for record in files.values())
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
     for name, record in sorted(files.items()):
         file = path / name
         if not file.is_file() or file.is_symlink():
@@ -126,10 +132,8 @@ def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[in
         size = file.stat().st_size
         if size != record["size"]:
             raise ValueError(f"{file} has {size:,} bytes instead of {record['size']:,}: it is damaged")
-        if _hash(file) != record.get("sha256"):
+        if _hash(file, advance) != record.get("sha256"):
             raise ValueError(f"{file} is damaged: its SHA-256 is not the one in the manifest")
-        done += size
-        progress(done, total)
 
 
 def check_experts(path: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -187,9 +191,9 @@ def _read(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, progress: Callable[[int], None]) -> str:
     try:
-        return hash_file(path).sha256
+        return hash_file(path, progress).sha256
     except OSError as error:  # a bad sector damages a file as a flipped bit does
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 

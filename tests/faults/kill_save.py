@@ -1,6 +1,6 @@
 """Kills a save at every one of its disk operations, and looks at what a later process finds. Prints one JSON object.
 
-    python kill_save.py FOLDER SCENARIO
+    python kill_save.py FOLDER
 
 `prune`: steps 2 and 4 stand, 6 is saved and 2 deleted. `replace`: a whole step 6 stands too and is replaced.
 """
@@ -87,7 +87,8 @@ def check(found, expected, scenario):
     return problems
 
 
-def main(folder, scenario):
+def run(folder, scenario):
+    """Try every point of a scenario."""
     base, reference, copy = folder / "base", folder / "reference", folder / "copy"
     prepare(base, scenario)
     shutil.copytree(base, reference)
@@ -102,9 +103,9 @@ def main(folder, scenario):
         if wrong:
             problems[f"{nth} ({operations[nth - 1]})"] = wrong
         shutil.rmtree(copy)
-    print(json.dumps({"points": len(operations), "operations": operations, "problems": problems}))
+    return {"operations": operations, "problems": problems}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    print(json.dumps({scenario: run(Path(sys.argv[1]) / scenario, scenario) for scenario in ("prune", "replace")}))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigmoe.moe.keyed import generator, keyed_uniform, numpy_generator, seed_of
+from sigmoe.moe.keyed import keyed_uniform, numpy_generator, seed_of
 
 PARTS = st.lists(st.integers(-5, 5) | st.text("ab1:\x1f", max_size=3), max_size=4).map(tuple)
 
@@ -28,13 +28,10 @@ def test_seed_is_the_head_of_a_sha256():
     assert seed_of("jitter", 3) == int.from_bytes(digest[:8], "little") == 2907597458383012554
 
 
-def test_generators_repeat_and_differ():
-    first, again, other = (torch.rand(4, generator=generator("x", i)) for i in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    a, b, c = (numpy_generator("x", i).random(4) for i in (0, 0, 1))
-    assert np.array_equal(a, b)
-    assert not np.array_equal(a, c)
+def test_the_generator_repeats_and_differs():
+    first, again, other = (numpy_generator("x", i).random(4) for i in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
 
 
 def splitmix(state):

@@ -130,7 +130,7 @@ CONFIGS = [
     {"router": DOMAIN, "embedding_slots": {"a": 1}, "tie_embeddings": True, "head_dim": 2, "norm_eps": 0.1},
     {"sparse_layers": "none", "embedding_slots": {"b": 1}, "head_dim": None, "dim": 24, "sliding_window": 1},
     {"router": RouterConfig(name="top_k", num_experts=5, top_k=3, renormalize=False)},
-    {"router": RouterConfig(name="domain_top_k", sets={"a": 3, "b": 4}, balance="bias", top_k=1)},
+    {"router": RouterConfig(name="domain_top_k", sets={"a": 3, "b": 4}, balance="bias", top_k=1, renormalize=False)},
 ]
 
 
