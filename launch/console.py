@@ -29,23 +29,26 @@ def results() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 140))
 
 
-def bar(*columns: ProgressColumn) -> Progress:
-    """Return a progress bar with a description, a count, and what `columns` add."""
+def bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    """Return a progress bar with a description, a count, and what `columns` add; a transient one leaves no trace."""
+    console = notes()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         *columns,
         TimeRemainingColumn(),
-        console=notes(),
+        console=console,
         refresh_per_second=4,
+        transient=transient,
+        disable=transient and not console.is_terminal,
     )
 
 
 @contextmanager
-def progress_sink() -> Iterator[Sink]:
-    """Yield a callback that draws one bar a stage."""
-    with bar() as progress:
+def progress_sink(*, transient: bool = False) -> Iterator[Sink]:
+    """Yield a callback that draws one bar a stage; transient ones vanish at the end."""
+    with bar(transient=transient) as progress:
         tasks: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int | None, /) -> None:

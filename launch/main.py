@@ -20,7 +20,7 @@ _OPTIONS = """options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for a user's mistake (one line on stderr), 1 for a machine's failure, 130 if stopped."""
+    """Run a command; return 0, 2 for a mistake (one line on stderr), 1 for a failing machine, 130 if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _drop_package_root()
     if not arguments or arguments[0] in ("--help", "-h", "help"):

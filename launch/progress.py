@@ -1,7 +1,8 @@
 """The training line: loss, speed, share of the matmul peak, time left."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn
@@ -48,6 +49,12 @@ class TrainProgress:
         """Show that a domain's held-out text is being scored."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=f"evaluating {domain}")
+
+    def urgent(self, text: str) -> None:
+        """Print a line past the console: for signal handlers, which may have interrupted its writing to stderr."""
+        line = f"\n{text}\n" if self.console.is_terminal else f"{text}\n"
+        with suppress(OSError):  # nobody listens any more
+            os.write(2, line.encode())
 
     def note(self, text: str) -> None:
         """Print a line above the progress."""

@@ -136,7 +136,7 @@ class Session:
         def ask(number: int, frame: FrameType | None) -> None:
             self.stop = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.progress.note("stopping after this step; press Ctrl-C again to stop without saving")
+            self.progress.urgent("stopping after this step; press Ctrl-C again to stop without saving")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

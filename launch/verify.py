@@ -11,6 +11,7 @@ from ..moe.data.progress import Progress
 from ..moe.domains import DomainRegistry
 from ..moe.parsing import from_mapping
 from ..moe.storage.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from ..moe.storage.tensors import TensorReader
 from ..parallel.checkpointer import Checkpointer
 from .console import progress_sink, results
 from .main import main
@@ -28,7 +29,7 @@ def run(config: Mapping[str, object]) -> None:
     """Verify what `config` names; ValueError names the first bad file, expert or tensor."""
     command = from_mapping(VerifyCommand, config)
     for path in find_checkpoints(Path(command.checkpoint), every=command.all):
-        with progress_sink() as progress:
+        with progress_sink(transient=True) as progress:
             checkpoint = verify_checkpoint(path, progress)
         files = checkpoint.manifest["files"]
         results().print(
@@ -56,17 +57,29 @@ def verify_checkpoint(path: Path, progress: Progress) -> Checkpoint:
     """Return the checkpoint after every check has passed."""
     checkpoint = open_checkpoint(path)
     checkpoint.verify(lambda done, total: progress(f"hashing {path.name}", done, total))
-    model = from_mapping(ModelConfig, checkpoint.config.get("model"), f"{path}/config.yaml: model")
-    expected = expected_shapes(model, DomainRegistry.from_json(checkpoint.registry))
-    names = checkpoint.model.names()
-    for name in sorted(set(expected) ^ set(names)):
+    try:
+        model = from_mapping(ModelConfig, checkpoint.config.get("model"), "model")
+        expected = expected_shapes(model, DomainRegistry.from_json(checkpoint.registry))
+    except ValueError as error:
+        raise ValueError(f"{path}: config.yaml and registry.json describe no model: {error}") from error
+    for name in sorted(set(expected) ^ set(checkpoint.model.names())):
         state = "lacks" if name in expected else "holds"
         raise ValueError(f"{path}/model {state} {name}, unlike its config.yaml and registry.json")
     for name, shape in expected.items():
-        if checkpoint.model.shape(name) != shape:
-            held = list(checkpoint.model.shape(name))
-            raise ValueError(f"{path}/model: {name} is {held}, config.yaml and registry.json say {list(shape)}")
+        _check_shape(path / "model", checkpoint.model, name, shape)
+    if checkpoint.optimizer is not None:
+        for name in checkpoint.optimizer.names():
+            parameter, _, kind = name.rpartition(".")
+            if parameter not in expected:
+                raise ValueError(f"{path}/optimizer holds {name}, unlike its config.yaml and registry.json")
+            _check_shape(path / "optimizer", checkpoint.optimizer, name, () if kind == "step" else expected[parameter])
     return checkpoint
+
+
+def _check_shape(folder: Path, tensors: TensorReader, name: str, shape: tuple[int, ...]) -> None:
+    held = tensors.shape(name)
+    if held != shape:
+        raise ValueError(f"{folder}: {name} is {list(held)}, config.yaml and registry.json say {list(shape)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A small dataset of two domains, made once by the real command, and a way to run commands in this process."""
 
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from sigmoe.launch.main import main
 
 _WORDS = {
     "recipes": "butter flour sugar oven bake whisk egg milk salt pepper onion garlic stir simmer boil roast".split(),
-    "ships": "mast sail keel anchor harbour captain storm wave deck rope compass north starboard hull crew tide".split(),
+    "ships": "mast sail keel anchor harbor captain storm wave deck rope compass north starboard hull crew tide".split(),
 }
 
 
@@ -55,3 +56,16 @@ def tiny(dataset):
     model = ["model=tiny", "model.dim=16", "model.expert_dim=16", "router.sets=2"]
     sizes = ["steps=10", "global_batch=4", "sequence_length=32", "schedule.warmup_steps=2", "evaluate.tokens=256"]
     return [f"dataset={dataset}", "logger=jsonl", "logger.every=1", *model, *sizes]
+
+
+@pytest.fixture
+def limit_files():
+    """Let every write beyond so many bytes of a file fail, as on a full disk (EFBIG); None: no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(num_bytes):
+        # Python ignores SIGXFSZ, so that the write itself fails.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if num_bytes is None else num_bytes, hard))
+
+    yield limit
+    limit(None)

@@ -18,6 +18,7 @@ class DataConfig:
     name: str
     vocab_size: int = 4096
     heldout_fraction: float = 0.09
+    document_bytes: int | None = None
     max_bytes: int | None = None
     tokenizer_bytes: int | None = None
     seed: int = 0
@@ -27,6 +28,8 @@ class DataConfig:
             raise ValueError(f"vocab_size must lie in {MIN_VOCAB_SIZE}..{1 << 24}, got {self.vocab_size}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
+        if self.document_bytes is not None and self.document_bytes < 256:
+            raise ValueError(f"document_bytes must be at least 256 (or null for no limit), got {self.document_bytes}")
         for key in ("max_bytes", "tokenizer_bytes"):
             value = getattr(self, key)
             if value is not None and value < 1:

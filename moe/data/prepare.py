@@ -122,7 +122,13 @@ def _read_domain(
     name: str, sources: Sequence[Source], config: DataConfig, folder: Path, workspace: Workspace
 ) -> tuple[DomainSpool, list[dict[str, Any]]]:
     """Read all sources of a domain into a spool; return it with what is to be recorded of each source."""
-    spool = DomainSpool(folder=folder, domain=name, seed=config.seed, heldout_fraction=config.heldout_fraction)
+    spool = DomainSpool(
+        folder=folder,
+        domain=name,
+        seed=config.seed,
+        heldout_fraction=config.heldout_fraction,
+        document_bytes=config.document_bytes,
+    )
     limit = math.inf if config.max_bytes is None else config.max_bytes
     stage, reported, records = f"reading {name}", 0, []
     workspace.progress(stage, 0, config.max_bytes)

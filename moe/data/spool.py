@@ -1,4 +1,7 @@
-"""Documents on their way: deduplicated, split by a hash of their text and kept in a file, so that sources run once."""
+"""Documents on their way: deduplicated, split by a hash of their text, cut where they are long, kept in a file.
+
+So sources run once, and what comes out is in an order keyed by the text: any stretch of it is a fair sample.
+"""
 
 import hashlib
 import struct
@@ -12,7 +15,7 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(kw_only=True)
 class SplitCount:
-    """Documents and UTF-8 bytes of a split."""
+    """Documents (pieces, where long ones were cut) and UTF-8 bytes of a split."""
 
     documents: int = 0
     bytes: int = 0
@@ -22,19 +25,22 @@ class SplitCount:
 class DomainSpool:
     """The documents of one domain. A text that was there before is a duplicate, one without a visible character blank.
 
-    Holds 16 bytes of hash (about 100 with Python's overhead) a document in memory, and no text.
+    A document longer than `document_bytes` is cut at line ends; its pieces stay in one split. Holds about 200 bytes a
+    document in memory, and no text.
     """
 
     folder: Path
     domain: str
     seed: int
     heldout_fraction: float
+    document_bytes: int | None = None
     duplicates: int = 0
     blank: int = 0
     smallest: float = 1.0  # the smallest share that would hold out at least one document
     counts: dict[str, SplitCount] = field(default_factory=lambda: {"train": SplitCount(), "heldout": SplitCount()})
     _seen: set[bytes] = field(default_factory=set)
     _files: dict[str, IO[bytes]] = field(default_factory=dict)
+    _places: dict[str, list[tuple[bytes, int]]] = field(default_factory=lambda: {"train": [], "heldout": []})
 
     @property
     def bytes(self) -> int:
@@ -61,8 +67,11 @@ class DomainSpool:
         split = "heldout" if share < self.heldout_fraction else "train"
         if split not in self._files:
             self._files[split] = self._path(split).open("wb")
-        self._files[split].write(_LENGTH.pack(len(data)) + data)
-        self.counts[split].documents += 1
+        for number, piece in enumerate(cut_document(data, self.document_bytes)):
+            key = hashlib.sha256(b"%d\x1f" % number + digest).digest()[:8]
+            self._places[split].append((key, self._files[split].tell()))
+            self._files[split].write(_LENGTH.pack(len(piece)) + piece)
+            self.counts[split].documents += 1
         self.counts[split].bytes += len(data)
         return True
 
@@ -73,11 +82,12 @@ class DomainSpool:
         self._seen.clear()
 
     def texts(self, split: str, max_bytes: int | None = None) -> Iterator[str]:
-        """Yield the documents of a split in the order they came; with `max_bytes` until that much text has gone by."""
+        """Yield a split's documents in an order keyed by the text; with `max_bytes` until that much has gone by."""
         done = 0
         with self._path(split).open("rb") as file:
-            while header := file.read(_LENGTH.size):
-                data = file.read(_LENGTH.unpack(header)[0])
+            for _, place in sorted(self._places[split]):
+                file.seek(place)
+                data = file.read(_LENGTH.unpack(file.read(_LENGTH.size))[0])
                 done += len(data)
                 yield data.decode("utf-8")
                 if max_bytes is not None and done >= max_bytes:
@@ -85,3 +95,17 @@ class DomainSpool:
 
     def _path(self, split: str) -> Path:
         return self.folder / f"{self.domain}.{split}"
+
+
+def cut_document(data: bytes, limit: int | None) -> Iterator[bytes]:
+    """Yield `data` in pieces of at most `limit` bytes, cut after a line end, else between UTF-8 characters."""
+    start = 0
+    while limit is not None and len(data) - start > limit:
+        end = data.rfind(b"\n", start, start + limit) + 1
+        if end <= start:
+            end = start + limit
+            while data[end] & 0xC0 == 0x80:
+                end -= 1
+        yield data[start:end]
+        start = end
+    yield data[start:]

@@ -128,7 +128,7 @@ def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[in
     for name, record in sorted(files.items()):
         file = path / name
         if not file.is_file() or file.is_symlink():
-            raise ValueError(f"{file} is missing")
+            raise ValueError(f"{file} is missing, or is no file but a link")
         size = file.stat().st_size
         if size != record["size"]:
             raise ValueError(f"{file} has {size:,} bytes instead of {record['size']:,}: it is damaged")
@@ -153,7 +153,10 @@ def check_experts(path: Path, manifest: Mapping[str, Any], names: tuple[str, ...
 def checkpoint_bytes(content: CheckpointContent) -> int:
     """Return about how many bytes the checkpoint takes on disk: its tensors, and a margin for the rest."""
     tensors = [*content.model.values(), *content.optimizer.values()]
-    return sum(tensor.num_bytes + 256 for tensor in tensors) + len(content.tokenizer or b"") + (1 << 20)
+    names = [*content.model, *content.optimizer]
+    # Each name stands in a header and in an index, with offsets, a shape and a file's name.
+    data = sum(tensor.num_bytes for tensor in tensors) + sum(2 * len(name) + 192 for name in names)
+    return data + len(content.tokenizer or b"") + (1 << 20)
 
 
 def load_yaml(path: Path) -> object:
@@ -199,8 +202,9 @@ def _hash(path: Path, progress: Callable[[int], None]) -> str:
 
 
 def _parsed(path: Path) -> object:
+    data = _read(path)
     try:
-        return load_json(_read(path))
+        return load_json(data)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

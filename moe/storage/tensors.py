@@ -159,4 +159,5 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # A contiguous tensor of one element may have any stride, with which `view` refuses another dtype (torch 2.13).
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture(scope="session")
 def memory_folder():
     """A folder in memory where there is one: a kill loses nothing that was written, and fsync costs nothing."""
-    shm = "/dev/shm"  # noqa: S108
+    shm = "/dev/shm"
     with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as name:
         yield Path(name)
 

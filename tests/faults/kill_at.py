@@ -19,16 +19,17 @@ def install(nth):
 
     def counted(name, operation):
         def call(*arguments, **options):
-            if len(done) + 1 != nth:
-                result = operation(*arguments, **options)
-                done.append(name)
-                return result
-            if nth % 2 == 0:
-                operation(*arguments, **options)
-            elif name == "write":  # torn: half of it reaches the file
-                descriptor, data = arguments
-                operation(descriptor, memoryview(data)[: len(data) // 2])
-            die()
+            last = len(done) + 1 == nth
+            if last and nth % 2:
+                if name == "write":  # torn: half of it reaches the file
+                    descriptor, data = arguments
+                    operation(descriptor, memoryview(data)[: len(data) // 2])
+                die()
+            result = operation(*arguments, **options)
+            if last:
+                die()
+            done.append(name)
+            return result
 
         return call
 

@@ -2,13 +2,63 @@
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
+import termios
+import time
 
 import pytest
 
-STEPS = 200
+from sigmoe.launch.trainer import Trainer
+
+ALL = 200
+
+
+def manifest(run, step):
+    return json.loads((run / f"checkpoints/step-{step:08}/manifest.json").read_text())
+
+
+def steps(run):
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture
+def send_at(monkeypatch):
+    """Let the trainer send its own process a signal at the end of a step, the first time it is reached."""
+
+    def send(*numbers, step):
+        train_step, pending = Trainer.train_step, list(numbers)
+
+        def sending(trainer):
+            metrics = train_step(trainer)
+            while pending and metrics.step == step:
+                signal.raise_signal(pending.pop(0))
+            return metrics
+
+        monkeypatch.setattr(Trainer, "train_step", sending)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stopped_run_ends_as_the_undisturbed_one(train, tmp_path, capfd, send_at, number):
+    assert train("out=whole") == 0
+    send_at(number, step=3)
+    assert train("out=stopped") == 0
+    assert "stopped at step 3, saved; to resume, run again: " in capfd.readouterr().err
+    assert steps(tmp_path / "stopped") == [3]
+    assert train("out=stopped") == 0
+    assert manifest(tmp_path / "stopped", 10) == manifest(tmp_path / "whole", 10)
+
+
+def test_the_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(train, tmp_path, send_at):
+    send_at(signal.SIGINT, signal.SIGINT, step=3)
+    assert train("out=run", "save.every=2") == 130
+    assert steps(tmp_path / "run") == [2]
+    assert train("out=run", "save.every=2") == 0
+    assert steps(tmp_path / "run") == [6, 8, 10]
 
 
 def read_until(lines, start):
@@ -20,26 +70,33 @@ def read_until(lines, start):
     raise AssertionError(f"the run ended early: {told}")
 
 
-def manifest(run, step):
-    return json.loads((run / f"checkpoints/step-{step:08}/manifest.json").read_text())
+def wait_until_full(pipe):
+    """Return when the writer has filled the pipe and stands still in the middle of its next line."""
+    before, now = -1, 0
+    while now != before or now < 3500:
+        time.sleep(0.3)
+        before, now = now, int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_stopped_run_saves_and_goes_on(train, tiny, tmp_path, number):
-    settings = [*tiny, f"steps={STEPS}", "evaluate.tokens=64", "threads=1"]
+def test_ctrl_c_in_the_middle_of_writing_to_the_terminal(train, tiny, tmp_path):
+    """A handler that wrote through the interrupted stream would be refused as reentrant, and the run lost."""
+    settings = [*tiny, f"steps={ALL}", "evaluate.tokens=64", "threads=1"]
     command = [sys.executable, "-m", "sigmoe.launch.main", "train", *settings, "out=stopped"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
-        # A step's line is longer than 20 characters: with so small a pipe the run waits for us before its last step.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    files = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **files) as run:
+        # The lines of all steps are longer than twice so small a pipe: the run waits for us before its last one.
         fcntl.fcntl(run.stderr, fcntl.F_SETPIPE_SZ, 4096)
         told = read_until(run.stderr, "step 3 ")
-        run.send_signal(number)
+        wait_until_full(run.stderr)
+        run.send_signal(signal.SIGINT)
         told += run.stderr.readlines()
         assert run.wait() == 0, told
-    assert any("stopping after this step" in line for line in told)
-    step = max(int(path.name[5:]) for path in (tmp_path / "stopped/checkpoints").glob("step-*"))
-    assert 3 <= step < STEPS
+    assert "stopping after this step; press Ctrl-C again to stop without saving\n" in told
+    (step,) = steps(tmp_path / "stopped")
+    assert 3 <= step < ALL
     assert told[-1].startswith(f"stopped at step {step}, saved; to resume, run again: sigmoe train dataset=")
-    assert told[-1].rstrip().endswith("out=stopped")
+    assert told[-1].endswith("out=stopped\n")
     assert train(*settings, "out=stopped") == 0
     assert train(*settings, "out=whole") == 0
-    assert manifest(tmp_path / "stopped", STEPS) == manifest(tmp_path / "whole", STEPS)
+    assert manifest(tmp_path / "stopped", ALL) == manifest(tmp_path / "whole", ALL)

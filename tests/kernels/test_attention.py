@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.nn import functional
+
 from sigmoe.kernels.attention import attention
 from sigmoe.kernels.attention.reference import attention_reference
-from torch.nn import functional
 
 
 def inputs(B, S, H, G, C=6):

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.nn import functional
+
 from sigmoe.kernels.expert_mlp import expert_mlp
 from sigmoe.kernels.expert_mlp.reference import expert_mlp_reference
-from torch.nn import functional
 
 COUNTS = [
     [3, 1, 0, 7, 2, 0, 4],  # empty experts
@@ -85,3 +86,13 @@ def test_bf16():
 def test_counts_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match="add up to 4 rows, but 5"):
         expert_mlp(torch.randn(5, 4), torch.tensor([2, 2]), *weights(2, 4, 2))
+
+
+def test_many_rows_match_the_reference(compare):
+    # Enough rows for padding between one power of two and the next, and for products that run on all threads.
+    count = torch.tensor([150, 0, 71, 64])
+    compare(
+        lambda x, w, d: expert_mlp(x, count, w, d),
+        lambda x, w, d: expert_mlp_reference(x, count, w, d),
+        [torch.randn(285, 24), *weights(4, 24, 40)],
+    )

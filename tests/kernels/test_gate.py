@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.kernels.gate import gate
 from sigmoe.kernels.gate.reference import gate_reference
 

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
+
 from sigmoe.kernels.linear_cross_entropy import linear_cross_entropy, op
 from sigmoe.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from torch.nn import functional
 
 
 def labels(T, V, ignored=0.3):

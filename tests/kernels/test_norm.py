@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from sigmoe.kernels.norm import rms_norm
 from sigmoe.kernels.norm.reference import rms_norm_reference
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from sigmoe.kernels.permute import combine, permute
 from sigmoe.kernels.permute.reference import combine_reference, permute_reference
 from sigmoe.kernels.positions import positions

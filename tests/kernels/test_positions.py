@@ -1,6 +1,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.kernels.positions import positions
 from sigmoe.kernels.positions.reference import positions_reference
 

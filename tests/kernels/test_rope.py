@@ -2,6 +2,7 @@ import cmath
 
 import pytest
 import torch
+
 from sigmoe.kernels.rope import rope
 from sigmoe.kernels.rope.reference import rope_reference
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from sigmoe.kernels.swiglu import swiglu
 from sigmoe.kernels.swiglu.reference import swiglu_reference
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sigmoe.moe.data.spool import DomainSpool
+
+from sigmoe.moe.data.spool import DomainSpool, cut_document
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -54,5 +55,41 @@ def test_smallest_is_the_fraction_that_would_hold_one_out(tmp_path: Path) -> Non
 
 def test_reading_stops_at_a_size(tmp_path: Path) -> None:
     spool = spool_of(tmp_path, ["aaaa", "bbbb", "cccc"], 1e-9)
-    assert list(spool.texts("train", 5)) == ["aaaa", "bbbb"]
+    everything = list(spool.texts("train"))
+    assert sorted(everything) == ["aaaa", "bbbb", "cccc"]
+    assert list(spool.texts("train", 5)) == everything[:2]
     assert list(spool.texts("train", 4)) == ["aaaa"]
+
+
+def test_order_is_keyed_by_the_text_and_not_by_arrival(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(20)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    forward = list(spool_of(tmp_path / "one", texts, 1e-9).texts("train"))
+    backward = list(spool_of(tmp_path / "two", texts[::-1], 1e-9).texts("train"))
+    assert forward == backward
+    assert forward != texts
+
+
+@given(text=st.text(max_size=300), limit=st.integers(4, 40))
+def test_cut_documents_are_whole_again_and_never_split_a_character(text: str, limit: int) -> None:
+    data = text.encode()
+    pieces = list(cut_document(data, limit))
+    assert b"".join(pieces) == data
+    assert all(0 < len(piece) <= limit for piece in pieces) or not data
+    assert "".join(piece.decode() for piece in pieces) == text
+
+
+def test_documents_are_cut_at_line_ends() -> None:
+    assert list(cut_document(b"one\ntwo\nthree\nfour", 9)) == [b"one\ntwo\n", b"three\n", b"four"]
+    assert list(cut_document(b"one\ntwo", None)) == [b"one\ntwo"]
+
+
+def test_pieces_of_a_document_stay_in_one_split(tmp_path: Path) -> None:
+    spool = DomainSpool(folder=tmp_path, domain="d", seed=0, heldout_fraction=0.5, document_bytes=256)
+    for number in range(40):
+        spool.add("".join(f"{number} {line}\n" for line in range(100)))
+    spool.close()
+    owners = {split: {text.split()[0] for text in spool.texts(split)} for split in ("train", "heldout")}
+    assert owners["train"] & owners["heldout"] == set()
+    assert sum(count.documents for count in spool.counts.values()) > 80

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -78,9 +79,12 @@ def test_wide_memoryviews_are_written_by_their_bytes(tmp_path):
 
 def test_files_then_folders_then_the_parent_are_synced(tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(
-        os, "fsync", lambda fd, real=os.fsync: (events.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))
-    )
+
+    def fsync(descriptor, real=os.fsync):
+        events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", lambda a, b, real=os.rename: (events.append("rename"), real(a, b)))
     with durable_directory(tmp_path / "new") as directory:
         directory.write("folder/file", b"text")
@@ -205,7 +209,7 @@ def test_folders_are_made_with_their_parents(tmp_path):
     make_directory(tmp_path / "a/b/c")
     assert (tmp_path / "a/b/c").is_dir()
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ValueError, match="is no directory|Not a directory"):
+    with pytest.raises(ValueError, match="is no directory"):
         make_directory(tmp_path / "file/b")
 
 

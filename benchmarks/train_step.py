@@ -1,0 +1,71 @@
+"""One optimizer step of each contender on the same random batch: forward, backward, clipping at 1, fused AdamW.
+
+Shape letters: B sequences, S positions.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..moe.batch import IGNORED
+from ..moe.config import ModelConfig
+from ..moe.initialize import initialize
+from ..moe.model import Transformer
+from ..moe.routing import TrainingPass
+from ..parallel.engine import OptimizerConfig
+from ..parallel.local import LocalEngine
+
+Step = Callable[[int], float]
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_norm=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What one step computes."""
+
+    model: ModelConfig
+    batch: int  # sequences
+    sequence_length: int  # tokens a sequence
+
+    def tokens(self) -> torch.Tensor:
+        """Return the batch, int64 [B, S]: random ids, the same in every process."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.model.vocab_size, (self.batch, self.sequence_length), generator=generator)
+
+
+def build_step(contender: str, shape: StepShape) -> Step:
+    """Return a function from the step's number to its loss; `contender` is sigmoe or a Mixtral of transformers."""
+    if contender == "sigmoe":
+        return _sigmoe_step(shape)
+    step: Step = importlib.import_module("..mixtral_step", __name__).mixtral_step(shape, contender)
+    return step
+
+
+def _sigmoe_step(shape: StepShape) -> Step:
+    model = Transformer(shape.model, shape.model.build_registry(("text",)))
+    initialize(model, 0)
+    engine, router = LocalEngine(model, OPTIMIZER), shape.model.router
+    token_BS = shape.tokens()
+    label_BS = torch.nn.functional.pad(token_BS[:, 1:], (0, 1), value=IGNORED)
+    start_BS, domain_B = torch.zeros_like(token_BS), torch.zeros(shape.batch, dtype=torch.int64)
+    labels = int((label_BS != IGNORED).sum())
+
+    def step(number: int) -> float:
+        output = model(
+            token_BS,
+            start_BS=start_BS,
+            domain_B=domain_B,
+            label_BS=label_BS,
+            training=TrainingPass(seed=0, step=number),
+        )
+        loss: torch.Tensor = output.loss_sum / labels
+        share = 1 / (max(len(output.stats), 1) * token_BS.numel())
+        for stats in output.stats:
+            loss = loss + share * (router.auxiliary_loss * stats.balance_sum + router.z_loss * stats.z_sum)
+        engine.backward(loss)
+        engine.step(OPTIMIZER.lr)
+        return float(loss.detach())
+
+    return step

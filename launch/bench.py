@@ -1,0 +1,65 @@
+"""`sigmoe bench`: measures sigmoe beside its peers on this machine."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..benchmarks.table import BenchTable
+from ..benchmarks.train import TrainBenchSettings, run_suite
+from ..moe.parsing import from_mapping
+from ..moe.storage.durable import make_directory, write_file
+from .console import notes, progress_sink, results, table
+from .main import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
+    """The keys of `sigmoe bench`."""
+
+    suite: Literal["train"]
+    train: TrainBenchSettings
+    out: str | None = None
+
+
+def run(config: Mapping[str, object]) -> None:
+    """Run the suite that `config` names, print its table, and keep it where `out` says."""
+    command = load(config)
+    with progress_sink() as progress:
+        measured = run_suite(command.train, progress)
+    show(measured)
+    if command.out is not None:
+        for path in keep(measured, Path(command.out)):
+            notes().print(f"wrote {path}", markup=False)
+
+
+def load(config: Mapping[str, object]) -> BenchCommand:
+    """Build the command from composed data, where model and router stand beside the suite's own keys."""
+    values = dict(config)
+    model, router, suite = values.pop("model", None), values.pop("router", None), values.get("train")
+    if isinstance(model, Mapping) and isinstance(suite, Mapping):
+        values["train"] = {**suite, "model": {**model, "router": router}}
+    return from_mapping(BenchCommand, values)
+
+
+def show(measured: BenchTable) -> None:
+    """Print the table and its notes."""
+    console = results()
+    console.print(table(measured.title, list(measured.columns), [list(row) for row in measured.rows], left=2))
+    for note in measured.notes:
+        console.print(f"  {note}", markup=False, soft_wrap=True)
+    console.print(f"  {'; '.join(f'{name}: {value}' for name, value in measured.machine.items())}", soft_wrap=True)
+
+
+def keep(measured: BenchTable, stem: Path) -> tuple[Path, Path]:
+    """Write `stem`.md and `stem`.json; return their paths."""
+    paths = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.json")
+    make_directory(stem.parent)
+    for path, text in zip(paths, (measured.to_markdown(), measured.to_json())):
+        write_file(path, text.encode())
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", *sys.argv[1:]]))
