@@ -13,9 +13,9 @@ from ..moe.storage.tensors import NamedTensor
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019). One-dimensional parameters are never decayed."""
 
-    lr: float = 3e-3
+    lr: float = 1e-3
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0  # gradients are scaled down to this global norm; None: never

@@ -64,7 +64,7 @@ def train_until_operation(folder, overrides, nth):
     Checkpointer.save = noted
     done = install(nth)
     train(folder, overrides)
-    return {"operations": len(done), "saves": saves}
+    return {"operations": done, "saves": saves}
 
 
 def result(folder):
@@ -82,10 +82,10 @@ def result(folder):
 
 
 def spread(undisturbed):
-    """Disk operations to die at: over the whole run, in the write of config.yaml, just before the first save."""
-    last, (first, *_) = undisturbed["operations"], undisturbed["saves"]
-    even = [1 + (last - 1) * i // (DISK_POINTS - 1) for i in range(DISK_POINTS)]
-    return sorted({*even, 3, first[0] - 1})
+    """Disk operations to die at: over the whole run, at the write of config.yaml, just before the first save."""
+    operations, saves = undisturbed["operations"], undisturbed["saves"]
+    even = [1 + (len(operations) - 1) * i // (DISK_POINTS - 1) for i in range(DISK_POINTS)]
+    return sorted({*even, 1 + operations.index("write"), saves[0][0] - 1})
 
 
 def try_points(folder, overrides):

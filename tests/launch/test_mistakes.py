@@ -172,3 +172,12 @@ def _with_junk(base, chooser):
             case "add":
                 node[chooser.choice(["zzz", "lr", "name"])] = chooser.choice(JUNK)
     return config
+
+
+def test_an_experiment_sets_what_the_root_file_leaves_to_it():
+    config = TrainConfig.load(
+        compose_command("train", ["experiment=quickstart", "dataset=x", "out=y", "model.vocab_size=300"])
+    )
+    assert config.steps * config.global_batch * config.sequence_length <= 500_000
+    assert (config.model.dim, config.schedule.warmup_steps, config.evaluate.every) == (128, 100, 325)
+    assert compose_command("train", ["experiment=quickstart", "dataset=x", "out=y", "steps=7"])["steps"] == 7
