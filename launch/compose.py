@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 _MODULE = "sigmoe.configs"
 _FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -25,9 +26,11 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
             )
     search = []
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
+        folder = Path(config_dir).expanduser().resolve()
+        if not folder.is_dir():
             raise ValueError(f"--config-dir {config_dir} is not a directory")
-        search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+        quoted = str(folder).replace("'", "\\'")
+        search = [f"hydra.searchpath=['file://{quoted}']"]
     try:
         with initialize_config_module(_MODULE, version_base="1.3"):
             config = compose(command, overrides=[*overrides, *search])
@@ -35,7 +38,7 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
     except MissingMandatoryValue as error:
         key = str(error).splitlines()[0].rpartition(": ")[2]
         raise ValueError(f"missing key {key}: give {key}=... (sigmoe {command} --help)") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(_one_line(command, overrides, error)) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}

@@ -1,4 +1,7 @@
-"""The terminal: one console on stderr for progress and notes, results on stdout."""
+"""The terminal: one console on stderr for progress and notes, results on stdout.
+
+No markup: what is printed are names and paths of the user's, in which `[ab]` is no tag.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +23,15 @@ from ..moe.data.progress import Progress as Sink
 
 def notes() -> Console:
     """Return the console for progress and notes (stderr)."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def results() -> Console:
     """Return the console for results (stdout); wide enough for tables where it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 140))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    return console
 
 
 def bar(*columns: ProgressColumn, transient: bool = False) -> Progress:

@@ -1,5 +1,6 @@
 """`sigmoe data`: prepares a dataset from public text or from the user's own files."""
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from ..moe.data.source import Workspace
 from ..moe.data.wheel import Wheel
 from ..moe.parsing import from_mapping
 from .console import notes, progress_sink, results, table
+from .main import main
 
 AnySource = Files | StandardLibrary | PackageFiles | Docstrings | Wheel
 _KINDS: dict[str, type[AnySource]] = {
@@ -65,7 +67,7 @@ def run(config: Mapping[str, object]) -> None:
         notes().print(f"{out} prepared in {time.perf_counter() - began:.1f} s")
     else:
         notes().print(f"{out} is up to date: the same settings and files made it; nothing was done")
-    _print_summary(open_dataset(out), out)
+    _print_summary(open_dataset(out, check_ids=False), out)
 
 
 def _sources(value: object, path: str, text_field: str) -> tuple[AnySource, ...]:
@@ -107,3 +109,7 @@ def _print_summary(dataset: Dataset, out: Path) -> None:
     columns = ["domain", "source", "documents", "duplicates", "bytes", "tokens", "held-out tokens", "bytes/token"]
     title = f"{out}: vocabulary of {dataset.vocab_size:,}"
     results().print(table(title, columns, rows, left=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main(["data", *sys.argv[1:]]))

@@ -33,8 +33,8 @@ class DomainLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss in bits over the bytes of the labelled tokens."""
-        return self.loss_sum / math.log(2) / self.bytes
+        """Loss in bits over the bytes of the labelled tokens; NaN where they are end-of-text ids alone, of 0 bytes."""
+        return self.loss_sum / math.log(2) / self.bytes if self.bytes else math.nan
 
     @staticmethod
     def from_json(data: Any) -> "DomainLoss":

@@ -5,6 +5,7 @@ expert_load/<layer> (most over mean load), heldout_loss/<domain>, heldout_bits_p
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ class Metrics:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Write one object; `values` holds `step`."""
-        self._file.write(json.dumps(values) + "\n")
+        """Write one object; `values` holds `step`. NaN and infinity, which JSON lacks, become null."""
+        finite = {key: value if _is_finite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
             for key, value in values.items():
@@ -45,7 +47,12 @@ class Metrics:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # A crash of the machine may leave bytes that are no text; such a line is no JSON either, and is dropped.
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _step_of(line: str) -> float:

@@ -58,4 +58,4 @@ class TrainProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the progress."""
-        (self._bar.console if self._bar is not None else self.console).print(text, markup=False)
+        (self._bar.console if self._bar is not None else self.console).print(text)

@@ -19,6 +19,7 @@ def checkpoint_content(trainer: Trainer, heldout_before: Mapping[str, DomainLoss
     state = {
         "step": trainer.step,
         "consumed_samples": trainer.step * config.global_batch,
+        "dataset": dataset.digest,
         "phase": config.phase_at(max(trainer.step - 1, 0)),
         "skipped_steps": trainer.skipped,
         "balance_fractions": trainer.balance.to_json(),
@@ -46,7 +47,7 @@ def checkpoint_content(trainer: Trainer, heldout_before: Mapping[str, DomainLoss
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, DomainLoss]:
     """Put `trainer` where `checkpoint` was saved; return the held-out losses before the first step.
 
-    Raises ValueError where the checkpoint belongs to another model, registry or tokenizer.
+    Raises ValueError where the checkpoint belongs to another model, registry, tokenizer or dataset.
     """
     if checkpoint.registry != trainer.registry.to_json():
         raise ValueError(
@@ -54,8 +55,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, DomainLoss]:
         )
     if checkpoint.tokenizer != trainer.dataset.tokenizer_path.read_bytes():
         raise ValueError(f"{checkpoint.path}: its tokenizer is not the dataset's: give the dataset it was trained on")
-    trainer.engine.load_named_state(checkpoint.model, checkpoint.optimizer)
     state: dict[str, Any] = checkpoint.state
+    if state.get("dataset") != trainer.dataset.digest:
+        raise ValueError(f"{checkpoint.path}: it was trained on other data than {trainer.dataset.path} holds now")
+    trainer.engine.load_named_state(checkpoint.model, checkpoint.optimizer)
     try:
         trainer.step, trainer.skipped = int(state["step"]), int(state["skipped_steps"])
         trainer.balance.load_json(state["balance_fractions"])

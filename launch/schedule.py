@@ -16,7 +16,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or self.decay_steps < 0:
-            raise ValueError("warmup_steps and decay_steps must not be negative")
+            raise ValueError(
+                f"warmup_steps and decay_steps must be at least 0, got {min(self.warmup_steps, self.decay_steps)}"
+            )
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"min_ratio must lie in [0, 1], got {self.min_ratio}")
         if self.name == "wsd" and self.decay_steps == 0:

@@ -68,16 +68,18 @@ class Session:
         try:
             if not self.before:
                 self.before = self._evaluate(metrics)
-            with self._signals(), self.progress.steps(trainer.step, config.steps):
-                while trainer.step < config.last_step and not self.stop:
-                    begin = time.perf_counter()
-                    step = trainer.train_step()
-                    elapsed = time.perf_counter() - begin
-                    seconds += elapsed
-                    self._after_step(step, elapsed, metrics)
-            after = self._evaluate(metrics) if trainer.step == config.steps else {}
-            if self.saved_step != trainer.step:
-                self._save()
+            # Until all is saved: a SIGTERM in the last evaluation must not cost what was trained.
+            with self._signals():
+                with self.progress.steps(trainer.step, config.steps):
+                    while trainer.step < config.last_step and not self.stop:
+                        begin = time.perf_counter()
+                        step = trainer.train_step()
+                        elapsed = time.perf_counter() - begin
+                        seconds += elapsed
+                        self._after_step(step, elapsed, metrics)
+                after = self._evaluate(metrics) if trainer.step == config.steps else {}
+                if self.saved_step != trainer.step:
+                    self._save()
         finally:
             metrics.close()
         return SessionResult(
@@ -131,7 +133,7 @@ class Session:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a stop after the current step; a second SIGINT is Python's own."""
+        """Turn SIGINT and SIGTERM into a stop after the current step, saved; a second SIGINT is Python's own."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             self.stop = True

@@ -1,5 +1,6 @@
 """`sigmoe train`: trains a model; a run that was interrupted goes on where its newest good checkpoint stands."""
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ import yaml
 
 from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
-from ..moe.storage.checkpoint import load_yaml
+from ..moe.storage.checkpoint import MANIFEST, load_yaml
 from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
-from .console import results
+from .console import progress_sink, results
 from .main import main
 from .progress import TrainProgress
 from .report import closing_table
@@ -26,11 +27,12 @@ def run(config: Mapping[str, Any]) -> None:
     """Train as `config` (composed plain data) says. Raises ValueError for a user's mistake, with nothing written."""
     dataset = _open(config)
     train_config = TrainConfig.load(_with_vocabulary(config, dataset))
-    directory = Path(train_config.out)
+    directory = Path(train_config.out).expanduser()
     begun = _check_directory(directory, train_config)
-    pick_device(train_config.device)
     if train_config.threads is not None:
         torch.set_num_threads(train_config.threads)
+    count = count_parameters(train_config.model, train_config.model.build_registry(dataset.domain_names))
+    _check_memory(count.total, train_config.device)
     progress = TrainProgress(plain_every=train_config.logger.every)
     trainer = Trainer(train_config, dataset)
     session = Session(trainer, directory, progress)
@@ -44,7 +46,6 @@ def run(config: Mapping[str, Any]) -> None:
     make_directory(directory)
     remove_stale(directory)
     write_file(directory / "config.yaml", yaml.safe_dump(train_config.to_dict(), sort_keys=False).encode())
-    count = count_parameters(train_config.model, trainer.registry)
     progress.note(
         f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
         f"{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
@@ -56,7 +57,10 @@ def _open(config: Mapping[str, Any]) -> Dataset:
     path = config.get("dataset")
     if not isinstance(path, str):
         raise ValueError(f"dataset must be the path of a prepared dataset, got {path!r}")
-    return open_dataset(Path(path))
+    dataset = open_dataset(Path(path).expanduser(), check_ids=False)
+    with progress_sink(transient=True) as progress:
+        dataset.check_ids(progress)
+    return dataset
 
 
 def _with_vocabulary(config: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
@@ -79,6 +83,8 @@ def _with_vocabulary(config: Mapping[str, Any], dataset: Dataset) -> dict[str, A
 def _check_directory(directory: Path, config: TrainConfig) -> bool:
     """Return whether a run stands in `directory`; raise ValueError where it is another run, or no run at all."""
     path = directory / "config.yaml"
+    if (directory / MANIFEST).exists():
+        raise ValueError(f"out={directory} is a checkpoint: give the run's own directory, or another out=")
     if not path.exists():
         if directory.exists() and not (directory.is_dir() and all(is_leftover(p.name) for p in directory.iterdir())):
             raise ValueError(f"out={directory} exists and is not a run: give another out=")
@@ -90,6 +96,20 @@ def _check_directory(directory: Path, config: TrainConfig) -> bool:
     return True
 
 
+def _check_memory(num_parameters: int, device: str) -> None:
+    """Raise ValueError where not even fp32 weights, gradients and two moments fit; activations are not counted."""
+    if pick_device(device) == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = 16 * num_parameters
+    if needed > memory:
+        raise ValueError(
+            f"a model of {num_parameters:,} parameters needs at least {needed / 1e9:,.1f} GB to train, there are "
+            f"{memory / 1e9:,.1f} GB: make it smaller"
+        )
+
+
 def _close(trainer: Trainer, result: SessionResult, directory: Path, progress: TrainProgress) -> None:
     if result.after:
         results().print(closing_table(trainer, result))
@@ -98,7 +118,11 @@ def _close(trainer: Trainer, result: SessionResult, directory: Path, progress: T
             f"{result.tokens:,} tokens in {result.seconds:.0f} s of training, {result.tokens / result.seconds:,.0f} "
             f"tokens/s; this machine's matmul rate {result.matmul_rate / 1e9:.0f} GFLOP/s"
         )
-    if not result.after:
+    if trainer.skipped:
+        progress.note(f"{trainer.skipped} of {trainer.step} steps were skipped: loss or gradient was not finite")
+    if not result.after and not result.interrupted:
+        progress.note(f"stopped at step {trainer.step} (stop_at), saved; to go on, raise stop_at or leave it out")
+    elif not result.after:
         command = shlex.join(["sigmoe", "train", *sys.argv[2:]]) if sys.argv[1:2] == ["train"] else "the same command"
         progress.note(f"stopped at step {trainer.step}, saved; to resume, run again: {command}")
 

@@ -36,7 +36,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.tokens < 1:
-            raise ValueError("every must not be negative, tokens at least 1")
+            raise ValueError(f"every must be at least 0 and tokens at least 1, got {self.every} and {self.tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SaveConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or (self.keep is not None and self.keep < 1):
-            raise ValueError("every must not be negative, keep at least 1 (or null for all)")
+            raise ValueError(f"every must be at least 0, keep at least 1 (or null), got {self.every} and {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,11 @@ class TrainConfig:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.global_batch % self.micro_size:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_size}")
+        if self.schedule.name == "wsd" and self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule: warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
+                f"do not fit into {self.steps} steps"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
         ends = [phase.until for phase in self.phases]

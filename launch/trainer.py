@@ -4,6 +4,7 @@ Shape letters: B sequences, S positions, N domains, E experts.
 """
 
 import fnmatch
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +58,7 @@ class Trainer:
         self.model = self._build_model()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
         self.engine = LocalEngine(self.model, config.optim, dtype)
+        self._check_phases()
         self.balance = BalanceState(self.model)
         self.load_NE = {layer: torch.zeros_like(count) for layer, count in self.balance.counts.items()}
         self.step, self.skipped = 0, 0
@@ -129,8 +131,20 @@ class Trainer:
         self.balance.add(output.stats, micro.domain_B)
 
     def _enter_phase(self) -> None:
-        patterns = self.config.phases[self.config.phase_at(self.step)].train
-        self.engine.train_only(lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        self.engine.train_only(_accepts(self.config.phases[self.config.phase_at(self.step)].train))
+
+    def _check_phases(self) -> None:
+        """Raise ValueError now for what would stop the run when the phase begins: patterns that match nothing."""
+        for number, phase in enumerate(self.config.phases):
+            for patterns in [phase.train, *((pattern,) for pattern in phase.train)]:
+                try:
+                    self.engine.train_only(_accepts(patterns))
+                except ValueError as error:
+                    raise ValueError(f"phases[{number}].train={list(patterns)}: {error}") from error
+
+
+def _accepts(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def pick_device(name: str) -> str:

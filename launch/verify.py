@@ -28,7 +28,7 @@ class VerifyCommand:
 def run(config: Mapping[str, object]) -> None:
     """Verify what `config` names; ValueError names the first bad file, expert or tensor."""
     command = from_mapping(VerifyCommand, config)
-    for path in find_checkpoints(Path(command.checkpoint), every=command.all):
+    for path in find_checkpoints(Path(command.checkpoint).expanduser(), every=command.all):
         with progress_sink(transient=True) as progress:
             checkpoint = verify_checkpoint(path, progress)
         files = checkpoint.manifest["files"]
@@ -36,7 +36,6 @@ def run(config: Mapping[str, object]) -> None:
             f"ok  {path}  step {checkpoint.state.get('step')}  {len(files) + 1} files  "
             f"{sum(record['size'] for record in files.values()):,} bytes  "
             f"{len(checkpoint.manifest['experts'])} experts",
-            markup=False,
             soft_wrap=True,
         )
 

@@ -146,7 +146,7 @@ def check_registry(config: ModelConfig, registry: DomainRegistry) -> None:
                 raise ValueError("router.top_k=1 makes every renormalised weight 1: set router.renormalize=false")
         used = {expert for experts in registry.sets(index) for expert in experts}
         if used != set(range(len(used))):
-            gap = min(set(range(max(used))) - used)
+            gap = next(expert for expert in range(len(used)) if expert not in used)
             raise ValueError(f"layer {layer}: expert {gap} belongs to no domain: number experts without gaps")
         if config.router.num_experts not in (None, len(used)):
             raise ValueError(

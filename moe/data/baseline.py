@@ -16,12 +16,13 @@ def unigram_bits_per_byte(dataset: Dataset, domain: str, max_tokens: int | None 
     The model is p(v) = (n_v + 1) / (n + V), counted over the domain's training tokens. The convention is that of
     evaluation, over the very same tokens: the loss is summed over labelled tokens, which is every token of a document
     but its first (so the end-of-text token counts, with 0 bytes), and divided by the UTF-8 bytes that exactly those
-    tokens stand for. `max_tokens` as in `BatchLoader.heldout_batches`.
+    tokens stand for (NaN where those are none). `max_tokens` as in `BatchLoader.heldout_batches`.
     """
     count_V = dataset.token_counts(domain).numpy().astype(np.float64)
     bits_V = math.log2(count_V.sum() + len(count_V)) - np.log2(count_V + 1)
     label_V = heldout_label_counts(dataset, domain, max_tokens)
-    return float((label_V * bits_V).sum() / (label_V * dataset.token_bytes()).sum())
+    num_bytes = int((label_V * dataset.token_bytes()).sum())
+    return float((label_V * bits_V).sum()) / num_bytes if num_bytes else math.nan
 
 
 def heldout_label_counts(dataset: Dataset, domain: str, max_tokens: int | None = None) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """A prepared dataset: token files per domain and split, the tokenizer, and dataset.json that says what they are."""
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..storage.hashing import hash_file
 from .indexed import IndexedDocuments
+from .progress import Progress, no_progress
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -97,17 +99,26 @@ class Dataset:
                 bytes_V[id] = len(text)
         return bytes_V
 
-    def check_ids(self, progress: Callable[[str, int, int | None], None] | None = None) -> None:
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the recorded hashes of all files: equal for datasets of equal content."""
+        recorded = sorted((name, record["sha256"]) for name, record in _files(self.manifest).items())
+        return hashlib.sha256(json.dumps(recorded).encode()).hexdigest()
+
+    def check_ids(self, progress: Progress = no_progress) -> None:
         """Read every id once; ValueError names the file and the byte of one that is beyond the vocabulary."""
         parts = [getattr(domain, split) for domain in self._domains.values() for split in SPLITS]
         total, done = sum(part.num_tokens for part in parts), 0
-        for part in parts:
-            part.check_ids(self.vocab_size, self.end_of_text)
-            done += part.num_tokens
-            if progress is not None:
-                progress("checking ids", done, total)
 
-    def verify(self, progress: Callable[[str, int, int | None], None] | None = None) -> None:
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("checking ids", done, total)
+
+        for part in parts:
+            part.check_ids(self.vocab_size, self.end_of_text, advance)
+
+    def verify(self, progress: Progress = no_progress) -> None:
         """Hash every file; ValueError names the first that differs from dataset.json. `progress` counts bytes."""
         files = _files(self.manifest)
         total, done = sum(record["size"] for record in files.values()), 0
@@ -115,8 +126,7 @@ class Dataset:
             if hash_file(self.path / name).sha256 != record["sha256"]:
                 raise ValueError(f"{self.path / name} is damaged (its hash is not the recorded one): prepare it again")
             done += record["size"]
-            if progress is not None:
-                progress("verifying", done, total)
+            progress("verifying", done, total)
 
     def _entry(self, domain: str) -> Mapping[str, Any]:
         position = self.domain(domain).id

@@ -44,7 +44,8 @@ class Files:
 
     def paths(self) -> list[Path]:
         """Return the matching files, sorted; ValueError if there are none."""
-        paths = [Path(name) for name in sorted(glob.glob(self.files, recursive=True))]  # noqa: PTH207 - may be absolute
+        pattern = str(Path(self.files).expanduser())
+        paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 - may be absolute
         paths = [path for path in paths if not path.is_dir()]
         if not paths:
             raise ValueError(f"no file matches {self.files!r} (from {Path.cwd()}): correct the path or the pattern")

@@ -20,7 +20,7 @@ from typing import Any
 from ..storage.durable import durable_directory, make_directory, remove_stale, require_space
 from ..storage.hashing import write_errors
 from .config import DataConfig
-from .dataset import FORMAT_VERSION, open_dataset
+from .dataset import FORMAT_VERSION, MANIFEST, open_dataset
 from .indexed import token_dtype
 from .source import Source, Workspace
 from .spool import DomainSpool
@@ -39,12 +39,13 @@ def prepare(config: DataConfig, domains: Sources, out: Path, workspace: Workspac
     Returns False, and does nothing, if `out` is there already, finished, from the very same settings and files.
 
     Raises ValueError in one line, with nothing written, for unreadable sources, a domain without training or held-out
-    documents, or (unless `overwrite`) an `out` that exists and is something else.
+    documents, or an `out` that exists and is another dataset (unless `overwrite`) or no dataset at all.
     """
     _check_domains(domains)
     settings = _settings(config, domains)
     identities = {name: [source.identity() for source in sources] for name, sources in domains.items()}
     fingerprint = _fingerprint(settings, identities)
+    _refuse_foreign(out)
     if out.exists() and not overwrite:
         if _recorded_fingerprint(out) == fingerprint:
             return False
@@ -78,6 +79,12 @@ def _check_domains(domains: Sources) -> None:
             raise ValueError(f"domain name {domain!r}: only letters, digits, - and _ (it becomes a file name)")
         if not sources:
             raise ValueError(f"domain {domain!r} has no source: give it at least one")
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise ValueError where `out` holds anything but a dataset: even `overwrite` deletes nobody's folder of texts."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no dataset: choose another directory with out=...")
 
 
 def _settings(config: DataConfig, domains: Sources) -> dict[str, Any]:

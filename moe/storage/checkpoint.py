@@ -2,10 +2,11 @@
 
     model/ optimizer/ state.json config.yaml registry.json tokenizer.json manifest.json
 
-`manifest.json` holds size and SHA-256 of every other file, and each global expert once. Without it, or with one that
-does not match, a directory is no checkpoint.
+`manifest.json` holds size and SHA-256 of every other file and of itself, and each global expert once. Without it, or
+with one that does not match, a directory is no checkpoint.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -99,6 +100,8 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"{file}: format version {version!r}, this sigmoe reads {FORMAT_VERSION}: use the sigmoe that wrote it"
         )
+    if _read(file) != encode_manifest(manifest):
+        raise ValueError(f"{file} is damaged: its SHA-256 of itself does not match")
     files, experts = manifest.get("files"), manifest.get("experts")
     if not isinstance(files, dict) or not isinstance(experts, list):
         raise ValueError(f"{file} lacks files or experts: it is damaged")
@@ -180,7 +183,14 @@ def _write_manifest(directory: DurableDirectory, content: CheckpointContent) -> 
         "files": files,
         "experts": [list(expert) for expert in sorted(experts)],
     }
-    directory.write(MANIFEST, _json(manifest))
+    directory.write(MANIFEST, encode_manifest(manifest))
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """Return the manifest's file: its last key is the SHA-256 of the same text without that key."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, indent=1).encode()
+    return json.dumps({**content, "sha256": hashlib.sha256(text).hexdigest()}, indent=1).encode() + b"\n"
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from sigmoe.launch.main import main
-from sigmoe.moe.storage.checkpoint import open_checkpoint
+from sigmoe.moe.storage.checkpoint import encode_manifest, open_checkpoint
 from sigmoe.moe.storage.durable import durable_directory
 from sigmoe.moe.storage.tensors import NamedTensor, write_tensors
 
@@ -59,7 +59,7 @@ def refused(verify, path, *overrides):
 def edit_manifest(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    (path / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
 def vouch_for(path, name):

@@ -270,7 +270,7 @@ def test_config_survives_json(config):
 
 def test_one_renormalised_expert_of_several_would_teach_the_gate_nothing():
     config = model(router=RouterConfig(name="top_k", num_experts=4, top_k=1))
-    with pytest.raises(ValueError, match="set router.renormalize=false"):
+    with pytest.raises(ValueError, match=r"set router\.renormalize=false"):
         config.build_registry(("a",))
     model(router=RouterConfig(name="top_k", num_experts=4, top_k=1, renormalize=False)).build_registry(("a",))
     model(router=RouterConfig(name="top_k", num_experts=1, top_k=1)).build_registry(("a",))

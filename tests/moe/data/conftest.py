@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sigmoe.moe.data.config import DataConfig
 from sigmoe.moe.data.dataset import Dataset, open_dataset
 from sigmoe.moe.data.files import Files

@@ -4,6 +4,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+
 from sigmoe.moe.data.corpora import read_cedict, read_icd10, read_laws
 
 ICD10 = """<?xml version="1.0"?>

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sigmoe.moe.data.dataset import Dataset, open_dataset
 
 

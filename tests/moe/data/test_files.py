@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from sigmoe.moe.data.files import Files
 from sigmoe.moe.data.source import Workspace
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.data.indexed import IndexedDocuments, IndexedWriter, token_dtype
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=9), min_size=1, max_size=12)

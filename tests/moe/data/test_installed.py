@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+
 from sigmoe.moe.data.installed import (
     Docstrings,
     PackageFiles,

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from sigmoe.moe.batch import IGNORED
 from sigmoe.moe.data.baseline import heldout_label_counts, unigram_bits_per_byte
 from sigmoe.moe.data.dataset import Dataset

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.batch import IGNORED
 from sigmoe.moe.data.packing import DomainStream, Rows, epoch_order
 

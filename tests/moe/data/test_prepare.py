@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from sigmoe.moe.data.config import DataConfig
 from sigmoe.moe.data.dataset import Dataset, open_dataset
 from sigmoe.moe.data.files import Files

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sigmoe.moe.data.sampling import Phase, Sampler
 
 NAMES = ("a", "b", "c", "d", "e")

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
 from sigmoe.moe.data.dataset import Dataset
 from sigmoe.moe.data.tokenizer import (
     END_OF_TEXT,
@@ -12,7 +14,6 @@ from sigmoe.moe.data.tokenizer import (
     special_id,
     train_tokenizer,
 )
-from tokenizers import Tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from sigmoe.moe.data.source import Workspace
 from sigmoe.moe.data.wheel import Wheel
 
