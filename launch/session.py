@@ -66,17 +66,16 @@ class Session:
         metrics = Metrics(self.directory, tensorboard=config.logger.tensorboard, resumed_step=self.resumed_step)
         seconds, first = 0.0, trainer.step
         try:
-            if not self.before:
-                self.before = self._evaluate(metrics)
             # Until all is saved: a SIGTERM in the last evaluation must not cost what was trained.
-            with self._signals():
-                with self.progress.steps(trainer.step, config.steps):
-                    while trainer.step < config.last_step and not self.stop:
-                        begin = time.perf_counter()
-                        step = trainer.train_step()
-                        elapsed = time.perf_counter() - begin
-                        seconds += elapsed
-                        self._after_step(step, elapsed, metrics)
+            with self._signals(), self.progress.steps(trainer.step, config.steps):
+                if not self.before:
+                    self.before = self._evaluate(metrics)
+                while trainer.step < config.last_step and not self.stop:
+                    begin = time.perf_counter()
+                    step = trainer.train_step()
+                    elapsed = time.perf_counter() - begin
+                    seconds += elapsed
+                    self._after_step(step, elapsed, metrics)
                 after = self._evaluate(metrics) if trainer.step == config.steps else {}
                 if self.saved_step != trainer.step:
                     self._save()

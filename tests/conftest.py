@@ -54,7 +54,14 @@ def train(tiny, tmp_path, monkeypatch):
 def tiny(dataset):
     """Overrides for a run of ten steps that takes a second."""
     model = ["model=tiny", "model.dim=16", "model.expert_dim=16", "router.sets=2"]
-    sizes = ["steps=10", "global_batch=4", "sequence_length=32", "schedule.warmup_steps=2", "evaluate.tokens=256"]
+    sizes = [
+        "steps=10",
+        "global_batch=4",
+        "sequence_length=32",
+        "schedule.warmup_steps=2",
+        "optim.lr=3e-3",
+        "evaluate.tokens=256",
+    ]
     return [f"dataset={dataset}", "logger=jsonl", "logger.every=1", *model, *sizes]
 
 

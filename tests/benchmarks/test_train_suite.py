@@ -40,7 +40,7 @@ def test_a_suite_without_peers():
     seen = []
     table = run_suite(settings(peers=(), allocators=("default",)), lambda *stage: seen.append(stage))
     assert [row[:2] for row in table.rows] == [("sigmoe", "default")]
-    assert all(figure for figure in table.rows[0][2:4])
+    assert all(figure for figure in table.rows[0][2:5])
     assert seen == [("rounds, malloc default", done, 2) for done in range(3)]
     record = json.loads(table.to_json())
     rounds = record["rounds"]["default"]
@@ -56,7 +56,7 @@ def test_both_contenders_train_the_same_shape():
     assert [row[:2] for row in table.rows] == [("sigmoe", "raised"), ("transformers, eager", "raised")]
     # Two steps from random weights: both losses are near that of equal logits, log(50) = 3.9.
     assert all(3 < float(row[-1]) < 5 for row in table.rows)
-    assert all(row[4].endswith("x") == (row[0] != "sigmoe") for row in table.rows)
+    assert all(row[5].endswith("x") == (row[0] != "sigmoe") for row in table.rows)
 
 
 def test_a_worker_that_fails_says_why():
