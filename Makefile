@@ -37,4 +37,4 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and what the demo made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache sigmoe.egg-info data runs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache sigmoe.egg-info data/six runs/quickstart

@@ -1,6 +1,7 @@
 """Hydra: a command's config file and the user's overrides -> plain resolved data. The only file that knows Hydra."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
         folder = Path(config_dir).expanduser().resolve()
         if not folder.is_dir():
             raise ValueError(f"--config-dir {config_dir} is not a directory")
-        quoted = str(folder).replace("'", "\\'")
-        search = [f"hydra.searchpath=['file://{quoted}']"]
+        search = [f"hydra.searchpath=['file://{_escaped(str(folder))}']"]
     try:
         with initialize_config_module(_MODULE, version_base="1.3"):
             config = compose(command, overrides=[*overrides, *search])
@@ -38,7 +38,8 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
     except MissingMandatoryValue as error:
         key = str(error).splitlines()[0].rpartition(": ")[2]
         raise ValueError(f"missing key {key}: give {key}=... (sigmoe {command} --help)") from error
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    # A user's file may be no mapping (OSError), nested without end, or have an empty `!!int` (IndexError in PyYAML).
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, LookupError, RecursionError) as error:
         raise ValueError(_one_line(command, overrides, error)) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
@@ -58,9 +59,14 @@ def describe_command(command: str) -> str:
     return "\n".join(text)
 
 
+def _escaped(text: str) -> str:
+    """Return `text` as it stands between single quotes in Hydra's grammar: a backslash counts only before a quote."""
+    return re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+
+
 def _one_line(command: str, overrides: list[str], error: Exception) -> str:
     """Say in one line what is wrong, and name the nearest key where one is unknown."""
-    first = str(error).strip().splitlines()[0].rstrip(".")
+    first = (str(error).strip() or f"the config cannot be read: {error!r}").splitlines()[0].rstrip(".")
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read ({first}): quote lists, groups and special characters for the shell"
     if first.startswith("Could not override '"):
@@ -71,7 +77,7 @@ def _one_line(command: str, overrides: list[str], error: Exception) -> str:
             f"; did you mean {' or '.join(near)}?" if near else f" (sigmoe {command} --help)"
         )
     rest = [line.strip() for line in str(error).strip().splitlines()[1:] if line.strip()]
-    return "; ".join([first, *rest[:2]]) if len(first) < 60 and rest else first
+    return "; ".join([first, *rest[:2]]) if rest and (len(first) < 60 or first.endswith(":")) else first
 
 
 def _keys(command: str, overrides: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The terminal: one console on stderr for progress and notes, results on stdout.
 
-No markup: what is printed are names and paths of the user's, in which `[ab]` is no tag.
+No markup: what is printed are names and paths of the user's, in which `[ab]` is no tag and `:fire:` no picture.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from ..moe.data.progress import Progress as Sink
 
 def notes() -> Console:
     """Return the console for progress and notes (stderr)."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def results() -> Console:
     """Return the console for results (stdout); wide enough for tables where it is not a terminal."""
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 140)
     return console

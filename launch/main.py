@@ -9,7 +9,7 @@ from pathlib import Path
 COMMANDS = {
     "data": "fetch or read domain-tagged text, train the tokenizer, write token files",
     "train": "train a model; continues a run that was interrupted",
-    "verify": "hash every file of a checkpoint and find every expert exactly once",
+    "verify": "hash every file of a checkpoint, find every expert exactly once; or hash a dataset",
     "bench": "measure sigmoe beside its peers on this machine",
 }
 _OPTIONS = """options:

@@ -83,8 +83,9 @@ def _with_vocabulary(config: Mapping[str, Any], dataset: Dataset) -> dict[str, A
 def _check_directory(directory: Path, config: TrainConfig) -> bool:
     """Return whether a run stands in `directory`; raise ValueError where it is another run, or no run at all."""
     path = directory / "config.yaml"
-    if (directory / MANIFEST).exists():
-        raise ValueError(f"out={directory} is a checkpoint: give the run's own directory, or another out=")
+    place = directory.resolve()
+    if any((folder / MANIFEST).exists() and (folder / "state.json").exists() for folder in (place, *place.parents)):
+        raise ValueError(f"out={directory} lies in a checkpoint: give the run's own directory, or another out=")
     if not path.exists():
         if directory.exists() and not (directory.is_dir() and all(is_leftover(p.name) for p in directory.iterdir())):
             raise ValueError(f"out={directory} exists and is not a run: give another out=")

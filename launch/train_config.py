@@ -13,7 +13,9 @@ from ..parallel.engine import OptimizerConfig
 from .schedule import ScheduleConfig
 
 # What a run may change when it goes on; everything else would make it another run.
-_FREE = frozenset({"out", "steps", "schedule", "stop_at", "evaluate", "save", "logger", "device", "threads", "dataset"})
+_FREE = frozenset(
+    {"out", "micro_batch", "steps", "schedule", "stop_at", "evaluate", "save", "logger", "device", "threads", "dataset"}
+)
 # What says where and how long a session runs, not what it computes.
 _LOCAL = frozenset({"out", "dataset", "stop_at", "device", "threads", "logger", "save", "evaluate"})
 
@@ -43,7 +45,7 @@ class EvaluateConfig:
 class SaveConfig:
     """Checkpoints."""
 
-    every: int = 0  # steps; 0: only at the end
+    every: int = 500  # steps; 0: only at the end
     keep: int | None = 3  # the newest so many; null: all
 
     def __post_init__(self) -> None:

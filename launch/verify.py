@@ -1,4 +1,4 @@
-"""`sigmoe verify`: hashes every file of a checkpoint, finds every expert once, and compares shapes with the config."""
+"""`sigmoe verify`: hashes every file of a checkpoint, finds every expert once, compares shapes; or hashes a dataset."""
 
 import sys
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..moe.canonical import expected_shapes
 from ..moe.config import ModelConfig
+from ..moe.data.dataset import open_dataset
 from ..moe.data.progress import Progress
 from ..moe.domains import DomainRegistry
 from ..moe.parsing import from_mapping
@@ -19,16 +20,39 @@ from .main import main
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyCommand:
-    """The keys of `sigmoe verify`."""
+    """The keys of `sigmoe verify`: one of `checkpoint` and `dataset`."""
 
-    checkpoint: str
+    checkpoint: str | None = None
+    dataset: str | None = None
     all: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.checkpoint is None) == (self.dataset is None):
+            raise ValueError("missing key: give checkpoint=DIR or dataset=DIR, one of them")
 
 
 def run(config: Mapping[str, object]) -> None:
     """Verify what `config` names; ValueError names the first bad file, expert or tensor."""
     command = from_mapping(VerifyCommand, config)
-    for path in find_checkpoints(Path(command.checkpoint).expanduser(), every=command.all):
+    if command.dataset is not None:
+        verify_dataset(Path(command.dataset).expanduser())
+    if command.checkpoint is not None:
+        verify_checkpoints(Path(command.checkpoint).expanduser(), every=command.all)
+
+
+def verify_dataset(path: Path) -> None:
+    """Hash every file of a dataset and check every token id; ValueError names the first bad file."""
+    with progress_sink(transient=True) as progress:
+        dataset = open_dataset(path, check_ids=False)
+        dataset.verify(progress)
+        dataset.check_ids(progress)
+    tokens = sum(dataset.domain(name).train.num_tokens for name in dataset.domain_names)
+    results().print(f"ok  {path}  {len(dataset.domain_names)} domains  {tokens:,} training tokens", soft_wrap=True)
+
+
+def verify_checkpoints(target: Path, *, every: bool) -> None:
+    """Verify the checkpoint `target`, or the newest (or `every`) checkpoint of the run that it names."""
+    for path in find_checkpoints(target, every=every):
         with progress_sink(transient=True) as progress:
             checkpoint = verify_checkpoint(path, progress)
         files = checkpoint.manifest["files"]

@@ -8,6 +8,8 @@ from .domains import DomainRegistry, build_registry
 
 ExpertIds = tuple[int, ...]
 
+_MOST_SETS = 1 << 20  # experts of a domain times layers: above, no model but a slip of the hand, and a registry of GBs
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
@@ -118,6 +120,13 @@ class ModelConfig:
     def build_registry(self, names: tuple[str, ...]) -> DomainRegistry:
         """Give every domain of `names` its expert set and embedding slot; raise ValueError where they don't fit."""
         sets = self.router.sets
+        given = sets.values() if isinstance(sets, Mapping) else (sets or self.router.num_experts,)
+        most = max([1, *(number for number in given if isinstance(number, int))])
+        if most * self.num_layers > _MOST_SETS:
+            raise ValueError(
+                f"{self.num_layers} layers with {most} expert(s) a domain are too many (their product may be "
+                f"{_MOST_SETS:,}): make the model smaller"
+            )
         if sets is None:
             sets = dict.fromkeys(names, tuple(range(self.router.num_experts or 0)))
         registry = build_registry(names, sets, len(self.sparse_layer_ids), self.embedding_slots)

@@ -59,8 +59,6 @@ class TopKRouter(LearnedGate):
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
         """Route every token of `x_BSD`."""
         chosen = self.choose(self.jittered(x_BSD, context), None)
-        batch, length, _ = x_BSD.shape
-        sizes = [self.num_experts] * batch
         return Routing(
             expert_BSK=chosen.expert_BSK,
             weight_BSK=chosen.weight_BSK,
@@ -68,7 +66,7 @@ class TopKRouter(LearnedGate):
             balance_sum=self.balance_sum(chosen, context, 0, None),
             z_sum=chosen.z_B.sum(),
             num_experts=self.num_experts,
-            capacity_B=_capacity(self.config, context, sizes, length, x_BSD.device),
+            capacity_B=_capacity(self.config, context, [self.num_experts] * x_BSD.shape[0], x_BSD.device),
         )
 
 
@@ -84,7 +82,6 @@ class DomainTopKRouter(LearnedGate):
         x_BSD = self.jittered(x_BSD, context)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         balance_sum = z_sum = x_BSD.new_zeros(())
-        sizes = [0] * x_BSD.shape[0]
         for group in context.groups:
             experts = torch.tensor(self.sets[group.domain], device=x_BSD.device)
             chosen = self.choose(group.of(x_BSD), experts)
@@ -93,8 +90,6 @@ class DomainTopKRouter(LearnedGate):
             parts.append((experts[chosen.expert_BSK], chosen.weight_BSK, count_BE))
             balance_sum = balance_sum + self.balance_sum(chosen, context, group.domain, experts)
             z_sum = z_sum + chosen.z_B.sum()
-            for row in range(len(sizes)) if group.rows is None else group.rows.tolist():
-                sizes[row] = len(experts)
         expert_BSK, weight_BSK, count_BE = (merge_groups(context.groups, [part[i] for part in parts]) for i in range(3))
         return Routing(
             expert_BSK=expert_BSK,
@@ -103,7 +98,7 @@ class DomainTopKRouter(LearnedGate):
             balance_sum=balance_sum,
             z_sum=z_sum,
             num_experts=self.num_experts,
-            capacity_B=_capacity(self.config, context, sizes, x_BSD.shape[1], x_BSD.device),
+            capacity_B=_capacity(self.config, context, _set_sizes(context, self.sets), x_BSD.device),
         )
 
 
@@ -123,12 +118,10 @@ class RandomRoutedExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
         """Route every token by (domain, token id)."""
-        parts, sizes = [], [0] * x_BSD.shape[0]
+        parts = []
         for group in context.groups:
             experts = torch.tensor(self.sets[group.domain], device=x_BSD.device)
             parts.append(experts[self.route_table[group.domain].long()[group.of(context.token_BS)]])
-            for row in range(len(sizes)) if group.rows is None else group.rows.tolist():
-                sizes[row] = len(experts)
         expert_BS = merge_groups(context.groups, parts)
         count_BE = expert_BS.new_zeros(expert_BS.shape[0], self.num_experts)
         count_BE.scatter_add_(1, expert_BS, torch.ones_like(expert_BS))
@@ -140,7 +133,7 @@ class RandomRoutedExperts(nn.Module):
             balance_sum=zero,
             z_sum=zero,
             num_experts=self.num_experts,
-            capacity_B=_capacity(self.config, context, sizes, x_BSD.shape[1], x_BSD.device),
+            capacity_B=_capacity(self.config, context, _set_sizes(context, self.sets), x_BSD.device),
         )
 
 
@@ -160,11 +153,19 @@ def build_router(
             return RandomRoutedExperts(config, layer, vocab_size, sets)
 
 
-def _capacity(
-    config: RouterConfig, context: RoutingContext, sizes: list[int], length: int, device: torch.device
-) -> Tensor | None:
+def _capacity(config: RouterConfig, context: RoutingContext, sizes: list[int], device: torch.device) -> Tensor | None:
     """C = ceil(factor K S / E_group) a sequence, in training only; `sizes` is E_group of each sequence."""
     if config.capacity_factor is None or context.training is None:
         return None
+    length = context.token_BS.shape[1]
     rows = [math.ceil(config.capacity_factor * config.top_k * length / size) for size in sizes]
     return torch.tensor(rows, device=device)
+
+
+def _set_sizes(context: RoutingContext, sets: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Return the size of each sequence's set."""
+    sizes = [0] * context.token_BS.shape[0]
+    for group in context.groups:
+        for row in range(len(sizes)) if group.rows is None else group.rows.tolist():
+            sizes[row] = len(sets[group.domain])
+    return sizes

@@ -83,8 +83,17 @@ def _check_domains(domains: Sources) -> None:
 
 def _refuse_foreign(out: Path) -> None:
     """Raise ValueError where `out` holds anything but a dataset: even `overwrite` deletes nobody's folder of texts."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not _is_dataset(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is no dataset: choose another directory with out=...")
+
+
+def _is_dataset(out: Path) -> bool:
+    """Whether `out` holds a dataset of any format version, whole or not; a dataset.json may also be the user's own."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "fingerprint"} <= manifest.keys()
 
 
 def _settings(config: DataConfig, domains: Sources) -> dict[str, Any]:

@@ -192,3 +192,22 @@ def test_a_registry_that_holds_other_experts_is_refused(verify, run):
 def test_where_there_is_no_checkpoint_it_says_so(verify, tmp_path, place):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / place} holds no manifest.json" in refused(verify, tmp_path / place)
+
+
+def test_a_dataset_is_hashed(verify, dataset, tmp_path):
+    code, out, err = verify(f"dataset={dataset}")
+    assert (code, out.split()[0], err) == (0, "ok", "")
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    data = bytearray((copy / "ships.heldout.bin").read_bytes())
+    data[40] ^= 1
+    (copy / "ships.heldout.bin").write_bytes(data)
+    code, out, err = verify(f"dataset={copy}")
+    assert (code, out) == (2, "")
+    assert "ships.heldout.bin is damaged" in err
+
+
+def test_one_of_checkpoint_and_dataset(verify):
+    code, _, err = verify()
+    assert code == 2
+    assert "give checkpoint=DIR or dataset=DIR" in err
