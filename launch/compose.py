@@ -66,7 +66,8 @@ def _escaped(text: str) -> str:
 
 def _one_line(command: str, overrides: list[str], error: Exception) -> str:
     """Say in one line what is wrong, and name the nearest key where one is unknown."""
-    first = (str(error).strip() or f"the config cannot be read: {error!r}").splitlines()[0].rstrip(".")
+    text = str(error).strip() or str(error.__cause__ or repr(error)).strip()  # Hydra's own may be empty: `a: ${b`
+    first = text.splitlines()[0].rstrip(".")
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read ({first}): quote lists, groups and special characters for the shell"
     if first.startswith("Could not override '"):
@@ -76,7 +77,7 @@ def _one_line(command: str, overrides: list[str], error: Exception) -> str:
         return f"unknown key {key}" + (
             f"; did you mean {' or '.join(near)}?" if near else f" (sigmoe {command} --help)"
         )
-    rest = [line.strip() for line in str(error).strip().splitlines()[1:] if line.strip()]
+    rest = [line.strip() for line in text.splitlines()[1:] if line.strip()]
     return "; ".join([first, *rest[:2]]) if rest and (len(first) < 60 or first.endswith(":")) else first
 
 

@@ -59,5 +59,5 @@ def _step_of(line: str) -> float:
     """Return the line's step; a line that a crash cut short counts as later than any."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")

@@ -76,3 +76,13 @@ def limit_files():
 
     yield limit
     limit(None)
+
+
+@pytest.fixture
+def little_memory():
+    """Let whoever wants another GB fail, rather than take the machine's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

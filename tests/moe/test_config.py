@@ -274,3 +274,25 @@ def test_one_renormalised_expert_of_several_would_teach_the_gate_nothing():
         config.build_registry(("a",))
     model(router=RouterConfig(name="top_k", num_experts=4, top_k=1, renormalize=False)).build_registry(("a",))
     model(router=RouterConfig(name="top_k", num_experts=1, top_k=1)).build_registry(("a",))
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router": domain_router({"a": (0, 3_000_000_000), "b": 2})}, "layer 0: expert 1 belongs to no domain"),
+        ({"router": domain_router({"a": 10**30, "b": 2})}, f"4 layers with {10**30} expert.* are too many"),
+        ({"router": domain_router(3_000_000_000)}, "4 layers with 3000000000 expert.* are too many"),
+        ({"router": RouterConfig(name="top_k", num_experts=2**18 + 1)}, "4 layers with 262145 expert.* are too many"),
+        ({"num_layers": 10**30}, f"{10**30} layers with 4 expert.* are too many"),
+        ({"num_layers": 10**9, "sparse_layers": "none"}, "1000000000 layers with 4 expert.* are too many"),
+    ],
+)
+def test_huge_models_are_refused_before_they_fill_the_memory(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model(**changes).build_registry(("a", "b"))
+
+
+def test_the_largest_model_has_a_registry():
+    registry = model(router=RouterConfig(name="top_k", num_experts=2**18)).build_registry(("a",))
+    assert num_experts(registry, 3) == 2**18
