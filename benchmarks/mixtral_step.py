@@ -25,7 +25,8 @@ def mixtral_step(shape: StepShape, implementation: str) -> Step:
         num_local_experts=config.router.num_experts,
         num_experts_per_tok=config.router.top_k,
         output_router_logits=True,
-        router_aux_loss_coef=config.router.auxiliary_loss,
+        # Their loss is K at perfect balance, ours 1.
+        router_aux_loss_coef=config.router.auxiliary_loss / config.router.top_k,
         rms_norm_eps=config.norm_eps,
         sliding_window=config.sliding_window,
         tie_word_embeddings=config.tie_embeddings,

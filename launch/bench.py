@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..benchmarks.table import BenchTable
-from ..benchmarks.train import TrainBenchSettings, run_suite
+from ..benchmarks.tokenize import TokenizeBenchSettings
+from ..benchmarks.tokenize import run_suite as run_tokenize
+from ..benchmarks.train import TrainBenchSettings
+from ..benchmarks.train import run_suite as run_train
 from ..moe.parsing import from_mapping
 from ..moe.storage.durable import make_directory, write_file
 from .console import notes, progress_sink, results, table
@@ -18,8 +21,9 @@ from .main import main
 class BenchCommand:
     """The keys of `sigmoe bench`."""
 
-    suite: Literal["train"]
+    suite: Literal["train", "tokenize"]
     train: TrainBenchSettings
+    tokenize: TokenizeBenchSettings
     out: str | None = None
 
 
@@ -27,7 +31,11 @@ def run(config: Mapping[str, object]) -> None:
     """Run the suite that `config` names, print its table, and keep it where `out` says."""
     command = load(config)
     with progress_sink() as progress:
-        measured = run_suite(command.train, progress)
+        match command.suite:
+            case "train":
+                measured = run_train(command.train, progress)
+            case "tokenize":
+                measured = run_tokenize(command.tokenize, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):

@@ -16,6 +16,8 @@ from .schedule import ScheduleConfig
 _FREE = frozenset(
     {"out", "micro_batch", "steps", "schedule", "stop_at", "evaluate", "save", "logger", "device", "threads", "dataset"}
 )
+# Of one forward pass; beyond it nothing but a slip of the pen.
+_MOST_TOKENS = 1 << 28
 # What says where and how long a session runs, not what it computes.
 _LOCAL = frozenset({"out", "dataset", "stop_at", "device", "threads", "logger", "save", "evaluate"})
 
@@ -103,6 +105,11 @@ class TrainConfig:
             raise ValueError(
                 f"schedule: warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
                 f"do not fit into {self.steps} steps"
+            )
+        if self.micro_size * self.sequence_length > _MOST_TOKENS or self.global_batch > _MOST_TOKENS:
+            raise ValueError(
+                f"{self.micro_size} sequences of {self.sequence_length} tokens do not fit into one forward pass: "
+                "lower micro_batch, global_batch or sequence_length"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")

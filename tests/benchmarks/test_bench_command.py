@@ -20,7 +20,7 @@ def test_the_table_is_printed_and_kept(tmp_path, capsys):
 
 def test_mistakes_are_one_line(capsys):
     for override, message in {
-        "suite=speed": "suite must be one of train, got 'speed'",
+        "suite=speed": "suite must be one of train, tokenize, got 'speed'",
         "train.rounds=0": "train: rounds must be at least 1, got 0",
         "router=rre train.peers=[eager]": "peers are Mixtrals",
     }.items():
@@ -28,3 +28,12 @@ def test_mistakes_are_one_line(capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_tokenising_is_measured_beside_the_library(tmp_path, capsys):
+    small = ["suite=tokenize", "tokenize.megabytes=0.2", "tokenize.vocab_size=400", "tokenize.rounds=2"]
+    assert main(["bench", *small, f"out={tmp_path}/tokenize"]) == 0
+    assert "encode_batch_fast" in capsys.readouterr().out
+    record = json.loads((tmp_path / "tokenize.json").read_text())["megabytes_per_second"]
+    assert {name: len(rates) for name, rates in record.items()} == dict.fromkeys(record, 2)
+    assert min(min(rates) for rates in record.values()) > 0

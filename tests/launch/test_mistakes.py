@@ -32,6 +32,8 @@ MISTAKES = {
     "model.sparse_layers=some": "sparse_layers must be all, none, every:N or upper:N",
     "schedule.name=linear": "schedule.name must be one of cosine, wsd, constant",
     "micro_batch=3": "global_batch 4 is not a multiple of micro_batch 3",
+    "global_batch=100000000000": "do not fit into one forward pass",
+    "sequence_length=1000000000": "do not fit into one forward pass",
     "device=tpu": "device must be one of auto, cpu, cuda",
     "model=giant": "Could not find 'model/giant'",
     "router=rre router.top_k=2": "top_k must be 1",
