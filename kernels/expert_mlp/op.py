@@ -60,7 +60,8 @@ class _ExpertMlp(torch.autograd.Function):
             if grad_down is not None:
                 grad_down[e] = product(grad_MD.t(), act_MF.t())
             if grad_gate_up is not None:
-                grad_gate_up[e] = product(grad_MG.t(), padded(rows_RD[rows]).t())
+                # The transposed way round copies the rows instead of the wider gradient.
+                grad_gate_up[e] = product(padded(rows_RD[rows]).t(), grad_MG.t()).t()
             if grad_rows is not None:
                 grad_rows[rows] = product(grad_MG, gate_up_EGD[e].t())[: rows.stop - rows.start]
         for e, count in enumerate(ctx.counts):

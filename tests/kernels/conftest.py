@@ -32,7 +32,7 @@ def _run(function: Function, inputs: list[torch.Tensor], seed: int) -> tuple[lis
 
 
 @pytest.fixture
-def compare() -> Callable[[Function, Function, list[torch.Tensor]], None]:
+def assert_agrees() -> Callable[[Function, Function, list[torch.Tensor]], None]:
     """Assert that outputs and every input's gradient agree with the reference, and come out the same bits twice."""
 
     def check(op: Function, reference: Function, inputs: list[torch.Tensor], tolerance: float = TOLERANCE) -> None:

@@ -18,10 +18,10 @@ def starts(B, S, chance):
 
 @pytest.mark.parametrize("window", [None, 1, 3, 64, 100, 1000])
 @pytest.mark.parametrize("chance", [0.0, 0.05, 1.0])
-def test_matches_the_reference(compare, chance, window):
+def test_matches_the_reference(assert_agrees, chance, window):
     # Two full blocks of queries and a part of one; a chance of 1 makes documents of length 1.
     start = starts(2, 150, chance)
-    compare(
+    assert_agrees(
         lambda q, k, v: attention(q, k, v, start, window=window),
         lambda q, k, v: attention_reference(q, k, v, start, window=window),
         inputs(2, 150, 4, 2),
@@ -30,9 +30,9 @@ def test_matches_the_reference(compare, chance, window):
 
 @pytest.mark.parametrize("G", [1, 2, 3, 6])
 @pytest.mark.parametrize("S", [1, 2, 63, 65])
-def test_groups_and_lengths(compare, S, G):
+def test_groups_and_lengths(assert_agrees, S, G):
     start = starts(3, S, 0.1)
-    compare(
+    assert_agrees(
         lambda q, k, v: attention(q, k, v, start, scale=0.3),
         lambda q, k, v: attention_reference(q, k, v, start, scale=0.3),
         inputs(3, S, 6, G, C=5),
@@ -88,13 +88,13 @@ def test_large_scores_do_not_overflow():
     assert out.isfinite().all() and all(x.grad.isfinite().all() for x in (q, k, v))
 
 
-def test_slices_of_one_projection(compare):
+def test_slices_of_one_projection(assert_agrees):
     start = starts(2, 10, 0.2)
 
     def split(x):
         return x[:, :, :4], x[:, :, 4:6], x[:, :, 6:]
 
-    compare(
+    assert_agrees(
         lambda x: attention(*split(x), start),
         lambda x: attention_reference(*split(x), start),
         [torch.randn(2, 10, 8, 6)],

@@ -20,9 +20,9 @@ def weights(E, D, F):
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(("D", "F"), [(5, 3), (16, 33)])
-def test_matches_the_reference(compare, counts, D, F):
+def test_matches_the_reference(assert_agrees, counts, D, F):
     count = torch.tensor(counts)
-    compare(
+    assert_agrees(
         lambda x, w, d: expert_mlp(x, count, w, d),
         lambda x, w, d: expert_mlp_reference(x, count, w, d),
         [torch.randn(sum(counts), D), *weights(len(counts), D, F)],
@@ -88,10 +88,10 @@ def test_counts_that_do_not_add_up_are_refused():
         expert_mlp(torch.randn(5, 4), torch.tensor([2, 2]), *weights(2, 4, 2))
 
 
-def test_many_rows_match_the_reference(compare):
+def test_many_rows_match_the_reference(assert_agrees):
     # Enough rows for padding between one power of two and the next, and for products that run on all threads.
     count = torch.tensor([150, 0, 71, 64])
-    compare(
+    assert_agrees(
         lambda x, w, d: expert_mlp(x, count, w, d),
         lambda x, w, d: expert_mlp_reference(x, count, w, d),
         [torch.randn(285, 24), *weights(4, 24, 40)],

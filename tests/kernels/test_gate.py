@@ -13,8 +13,8 @@ from sigmoe.kernels.gate.reference import gate_reference
 @pytest.mark.parametrize(
     ("shape", "top_k"), [((3, 5, 7), 1), ((3, 5, 7), 2), ((2, 9, 7), 7), ((1, 1, 1), 1), ((2, 3, 64), 8)]
 )
-def test_matches_the_reference(compare, shape, top_k, renormalize):
-    compare(
+def test_matches_the_reference(assert_agrees, shape, top_k, renormalize):
+    assert_agrees(
         lambda x: gate(x, top_k, renormalize=renormalize),
         lambda x: gate_reference(x, top_k, renormalize=renormalize),
         [torch.randn(shape) * 2],
@@ -22,9 +22,9 @@ def test_matches_the_reference(compare, shape, top_k, renormalize):
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_bias_only_selects(compare, renormalize):
+def test_bias_only_selects(assert_agrees, renormalize):
     bias = torch.randn(7)
-    compare(
+    assert_agrees(
         lambda x: gate(x, 2, bias_E=bias, renormalize=renormalize),
         lambda x: gate_reference(x, 2, bias_E=bias.double(), renormalize=renormalize),
         [torch.randn(2, 8, 7)],
@@ -34,8 +34,8 @@ def test_bias_only_selects(compare, renormalize):
 
 
 @pytest.mark.parametrize("field", ["weight_BSK", "prob_BE", "z_B"])
-def test_gradient_of_one_output_alone(compare, field):
-    compare(
+def test_gradient_of_one_output_alone(assert_agrees, field):
+    assert_agrees(
         lambda x: getattr(gate(x, 2), field), lambda x: getattr(gate_reference(x, 2), field), [torch.randn(2, 5, 7)]
     )
 

@@ -6,8 +6,8 @@ from sigmoe.kernels.linear.reference import linear_reference
 
 
 @pytest.mark.parametrize(("shape", "width"), [((0, 5), 3), ((1, 7), 4), ((3, 5, 33), 17), ((2, 65, 16), 1)])
-def test_matches_the_reference(compare, shape, width):
-    compare(linear, linear_reference, [torch.randn(shape), torch.randn(width, shape[-1])])
+def test_matches_the_reference(assert_agrees, shape, width):
+    assert_agrees(linear, linear_reference, [torch.randn(shape), torch.randn(width, shape[-1])])
 
 
 def test_known_values():

@@ -22,10 +22,10 @@ def chunks(request, monkeypatch):
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize(("T", "D", "V"), [(29, 5, 37), (1, 3, 7), (16, 8, 1), (11, 4, 250)])
 @pytest.mark.usefixtures("chunks")
-def test_matches_the_reference(compare, T, D, V, z_loss):
+def test_matches_the_reference(assert_agrees, T, D, V, z_loss):
     label = labels(T, V)
     label[0] = V - 1
-    compare(
+    assert_agrees(
         lambda x, w: linear_cross_entropy(x, w, label, z_loss=z_loss),
         lambda x, w: linear_cross_entropy_reference(x, w, label, z_loss=z_loss),
         [torch.randn(T, D), torch.randn(V, D)],

@@ -8,9 +8,9 @@ from sigmoe.kernels.norm.reference import rms_norm_reference
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 3), (3, 7), (2, 5, 33), (2, 3, 4, 6)])
-def test_matches_the_reference(compare, shape):
+def test_matches_the_reference(assert_agrees, shape):
     inputs = [torch.randn(shape), torch.randn(shape[-1])]
-    compare(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), inputs)
+    assert_agrees(lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), inputs)
 
 
 def test_known_values():
@@ -34,9 +34,9 @@ def test_eps_keeps_a_zero_row_finite():
     assert x.grad.tolist() == pytest.approx(torch.full((2, 4), 1e3))
 
 
-def test_non_contiguous_input(compare):
+def test_non_contiguous_input(assert_agrees):
     weight = torch.randn(5)
-    compare(
+    assert_agrees(
         lambda x: rms_norm(x.transpose(0, 1), weight, 1e-6),
         lambda x: rms_norm_reference(x.transpose(0, 1), weight.double(), 1e-6),
         [torch.randn(3, 4, 5)],

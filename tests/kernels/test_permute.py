@@ -15,25 +15,27 @@ def routing(shape, num_experts=7, capacity=None):
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_permute_matches_the_reference(compare, top_k, capacity):
+def test_permute_matches_the_reference(assert_agrees, top_k, capacity):
     where = routing((3, 9, top_k), capacity=capacity)
-    compare(lambda x: permute(x, where, top_k), lambda x: permute_reference(x, where, top_k), [torch.randn(27, 5)])
+    assert_agrees(
+        lambda x: permute(x, where, top_k), lambda x: permute_reference(x, where, top_k), [torch.randn(27, 5)]
+    )
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_combine_matches_the_reference(compare, top_k, capacity):
+def test_combine_matches_the_reference(assert_agrees, top_k, capacity):
     where = routing((3, 9, top_k), capacity=capacity)
     inputs = [torch.randn(where.source_R.numel(), 5), torch.randn(27, top_k)]
-    compare(lambda x, w: combine(x, w, where), lambda x, w: combine_reference(x, w, where), inputs)
+    assert_agrees(lambda x, w: combine(x, w, where), lambda x, w: combine_reference(x, w, where), inputs)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2), (1, 1, 1), (1, 1, 2)])
-def test_few_tokens(compare, shape):
+def test_few_tokens(assert_agrees, shape):
     where, T, K = routing(shape), shape[0] * shape[1], shape[2]
-    compare(lambda x: permute(x, where, K), lambda x: permute_reference(x, where, K), [torch.randn(T, 3)])
+    assert_agrees(lambda x: permute(x, where, K), lambda x: permute_reference(x, where, K), [torch.randn(T, 3)])
     inputs = [torch.randn(T * K, 3), torch.randn(T, K)]
-    compare(lambda x, w: combine(x, w, where), lambda x, w: combine_reference(x, w, where), inputs)
+    assert_agrees(lambda x, w: combine(x, w, where), lambda x, w: combine_reference(x, w, where), inputs)
 
 
 def test_known_values():

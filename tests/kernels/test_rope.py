@@ -14,15 +14,17 @@ def positions(B, S):
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3, 4), (1, 1, 1, 2), (2, 5, 3, 6), (3, 7, 2, 10)])
-def test_matches_the_reference(compare, shape):
+def test_matches_the_reference(assert_agrees, shape):
     position = positions(*shape[:2])
-    compare(lambda x: rope(x, position, THETA), lambda x: rope_reference(x, position, THETA), [torch.randn(shape)])
+    assert_agrees(
+        lambda x: rope(x, position, THETA), lambda x: rope_reference(x, position, THETA), [torch.randn(shape)]
+    )
 
 
 @pytest.mark.parametrize("per_head", [True, False])
-def test_norm_first_matches_the_reference(compare, per_head):
+def test_norm_first_matches_the_reference(assert_agrees, per_head):
     position = positions(2, 5)
-    compare(
+    assert_agrees(
         lambda x, w: rope(x, position, THETA, norm_weight=w, eps=1e-5),
         lambda x, w: rope_reference(x, position, THETA, norm_weight=w, eps=1e-5),
         [torch.randn(2, 5, 3, 6), torch.randn(6 if per_head else 18)],
@@ -63,9 +65,9 @@ def test_same_as_transformers():
     assert torch.allclose(rope(x, position, THETA), want.transpose(1, 2), atol=1e-5)
 
 
-def test_a_slice_of_a_wider_projection(compare):
+def test_a_slice_of_a_wider_projection(assert_agrees):
     position = positions(2, 3)
-    compare(
+    assert_agrees(
         lambda x: rope(x[:, :, 1:3], position, THETA),
         lambda x: rope_reference(x[:, :, 1:3], position, THETA),
         [torch.randn(2, 3, 5, 4)],

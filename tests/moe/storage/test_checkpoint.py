@@ -88,7 +88,7 @@ FILES = [
 ]
 
 
-def refused(path):
+def assert_refused(path):
     """The one line with which opening or verifying refuses."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         open_checkpoint(path).verify()
@@ -178,7 +178,7 @@ def test_one_flipped_byte_anywhere_is_refused(checkpoint, name, place, flip):
     data = bytearray((checkpoint / name).read_bytes())
     data[round(place * (len(data) - 1))] ^= flip
     (checkpoint / name).write_bytes(data)
-    told = refused(checkpoint)
+    told = assert_refused(checkpoint)
     assert Path(name).name in told
     assert checkpoint.name in told
 
@@ -188,13 +188,13 @@ def test_one_flipped_byte_anywhere_is_refused(checkpoint, name, place, flip):
 def test_a_truncated_file_is_refused(checkpoint, name, cut):
     data = (checkpoint / name).read_bytes()
     (checkpoint / name).write_bytes(data[:-cut] if cut else b"")
-    assert Path(name).name in refused(checkpoint)
+    assert Path(name).name in assert_refused(checkpoint)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_refused(checkpoint, name):
     (checkpoint / name).unlink()
-    assert Path(name).name in refused(checkpoint)
+    assert Path(name).name in assert_refused(checkpoint)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -202,12 +202,12 @@ def test_a_link_in_place_of_a_file_is_refused(checkpoint, tmp_path, name):
     (checkpoint / name).rename(tmp_path / "elsewhere")
     (checkpoint / name).symlink_to(tmp_path / "elsewhere")
     if name != MANIFEST:  # which says nothing of itself
-        assert Path(name).name in refused(checkpoint)
+        assert Path(name).name in assert_refused(checkpoint)
 
 
 def test_an_added_file_is_refused(checkpoint):
     (checkpoint / "model/more.safetensors").write_bytes(b"")
-    assert "model/more.safetensors" in refused(checkpoint)
+    assert "model/more.safetensors" in assert_refused(checkpoint)
 
 
 class Hostile:
@@ -229,12 +229,12 @@ def test_a_hostile_pickle_is_never_executed(checkpoint, tmp_path, name, dump):
     else:
         torch.save(hostile, checkpoint / name)
     if name != MANIFEST:
-        refused(checkpoint)
+        assert_refused(checkpoint)
         vouch_for(checkpoint, name)
     if name in ("tokenizer.json", "model/config.json"):  # bytes that are handed on and not read here
         open_checkpoint(checkpoint).verify()
     else:
-        assert Path(name).name in refused(checkpoint)
+        assert Path(name).name in assert_refused(checkpoint)
     assert not sentinel.exists()
     pickle.loads(pickle.dumps(hostile))
     assert sentinel.exists()
@@ -259,7 +259,7 @@ def test_a_hostile_pickle_is_never_executed(checkpoint, tmp_path, name, dump):
 )
 def test_a_hostile_config_is_one_line(checkpoint, tmp_path, text):
     (checkpoint / "config.yaml").write_text(text.replace("{sentinel}", str(tmp_path / "sentinel")))
-    assert "config.yaml" in refused(checkpoint)
+    assert "config.yaml" in assert_refused(checkpoint)
     assert not (tmp_path / "sentinel").exists()
 
 
@@ -278,15 +278,15 @@ def test_any_yaml_is_data_or_a_value_error(tmp_path_factory, text):
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None, "1"])
 def test_another_format_version_is_refused_by_both_numbers(checkpoint, version):
     rewrite(checkpoint, lambda manifest: manifest.update(format_version=version))
-    told = refused(checkpoint)
+    told = assert_refused(checkpoint)
     assert f"format version {version!r}" in told
     assert f"reads {FORMAT_VERSION}" in told
 
 
 def test_without_a_manifest_it_is_no_checkpoint(checkpoint):
     (checkpoint / MANIFEST).unlink()
-    assert "is not a checkpoint" in refused(checkpoint)
-    assert "is not a checkpoint" in refused(checkpoint / "never was")
+    assert "is not a checkpoint" in assert_refused(checkpoint)
+    assert "is not a checkpoint" in assert_refused(checkpoint / "never was")
 
 
 MANIFESTS = {
@@ -310,7 +310,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_a_manifest_that_lies_is_refused(checkpoint, case):
     rewrite(checkpoint, MANIFESTS[case])
-    refused(checkpoint)
+    assert_refused(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_each_global_expert_is_there_exactly_once(checkpoint, tmp_path, change, 
     for name in directory.records:
         shutil.copy(tmp_path / "other" / name, checkpoint / name)
         vouch_for(checkpoint, name)
-    assert words in refused(checkpoint)
+    assert words in assert_refused(checkpoint)
 
 
 def test_progress_counts_every_byte_up_to_the_total(written):
@@ -351,7 +351,7 @@ def test_progress_counts_every_byte_up_to_the_total(written):
 def test_an_unreadable_file_is_one_line(checkpoint, monkeypatch):
     """What a bad sector gives: the file opens and reading fails."""
     monkeypatch.setattr("sigmoe.moe.storage.checkpoint.hash_file", lambda *_: os.read(-1, 1))
-    assert "cannot be read: Bad file descriptor" in refused(checkpoint)
+    assert "cannot be read: Bad file descriptor" in assert_refused(checkpoint)
 
 
 def test_numbers_that_json_lacks_are_refused_and_nothing_is_written(tmp_path):

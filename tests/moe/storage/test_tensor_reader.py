@@ -43,7 +43,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
 
 
-def refused(path, read):
+def assert_refused(path, read):
     """The message with which `read` refuses, one line that names the file."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         read()
@@ -150,7 +150,7 @@ HEADERS = {
 def test_a_header_that_lies_is_refused(tmp_path, case):
     header, words = HEADERS[case]
     path = lie(tmp_path / "model.safetensors", header)
-    assert words in refused(path, lambda: TensorReader(tmp_path, "model"))
+    assert words in assert_refused(path, lambda: TensorReader(tmp_path, "model"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_header_that_lies_is_refused(tmp_path, case):
 def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path, data):
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
-    assert "cut off" in refused(path, lambda: read_header(path))
+    assert "cut off" in assert_refused(path, lambda: read_header(path))
 
 
 def test_a_sparse_file_cannot_make_us_read_a_huge_header(tmp_path):
@@ -167,14 +167,14 @@ def test_a_sparse_file_cannot_make_us_read_a_huge_header(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 10**9))
         file.truncate(2 * 10**9)
-    assert "cut off" in refused(path, lambda: read_header(path))
+    assert "cut off" in assert_refused(path, lambda: read_header(path))
 
 
 def test_what_is_missing_is_named(model):
     for name in (FILE, INDEX):
         content = (model / name).read_bytes()
         (model / name).unlink()
-        refused(model / name, lambda: TensorReader(model, "model"))
+        assert_refused(model / name, lambda: TensorReader(model, "model"))
         (model / name).write_bytes(content)
     assert set(TensorReader(model, "model").names()) == {"a", "b", "c"}
 
@@ -183,15 +183,15 @@ def test_what_is_missing_is_named(model):
 def test_a_truncated_file_is_named(model, cut):
     data = (model / FILE).read_bytes()
     (model / FILE).write_bytes(data[:-cut])
-    refused(model / FILE, lambda: TensorReader(model, "model"))
+    assert_refused(model / FILE, lambda: TensorReader(model, "model"))
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_named(model):
     reader = TensorReader(model, "model")
     (model / FILE).write_bytes((model / FILE).read_bytes()[:-40])
-    assert "ends at byte" in refused(model / FILE, lambda: reader.read("b"))
+    assert "ends at byte" in assert_refused(model / FILE, lambda: reader.read("b"))
     (model / FILE).unlink()
-    refused(model / FILE, lambda: reader.read("b"))
+    assert_refused(model / FILE, lambda: reader.read("b"))
 
 
 INDICES = {
@@ -211,13 +211,13 @@ INDICES = {
 def test_an_index_that_lies_is_refused(model, case):
     weight_map, named = INDICES[case]
     (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    refused(named, lambda: TensorReader(model, "model"))
+    assert_refused(named, lambda: TensorReader(model, "model"))
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"weight_map": {"a": 1, "a": 2}}', b"[" * 100_000])
 def test_an_index_that_is_none_is_refused(model, data):
     (model / INDEX).write_bytes(data)
-    refused(model / INDEX, lambda: TensorReader(model, "model"))
+    assert_refused(model / INDEX, lambda: TensorReader(model, "model"))
 
 
 @pytest.fixture(scope="module")
