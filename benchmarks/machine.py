@@ -68,6 +68,8 @@ def _commit() -> str:
     """The checked-out commit of the source, with `+` after it if files differ from it."""
     root = Path(__file__).resolve().parent.parent
     try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")) != root:
+            return "not a git checkout"
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

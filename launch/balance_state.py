@@ -3,7 +3,7 @@
 Shape letters: B sequences, E experts, N domains.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,16 +32,20 @@ class BalanceState:
         for layer_stats in stats:
             self.counts[layer_stats.layer].index_add_(0, domain_B.cpu(), layer_stats.count_BE.cpu())
 
-    def finish_step(self, *, skipped: bool) -> dict[int, Tensor]:
-        """Return the step's counts, int64 `[N, E]` by layer; move fractions and bias on unless it was skipped."""
+    def finish_step(self, *, skipped: bool, trains: Callable[[str], bool]) -> dict[int, Tensor]:
+        """Return the step's counts, int64 `[N, E]` by layer; move fractions and bias on unless it was skipped.
+
+        `trains` tells by canonical name which biases may move, as it tells the engine which parameters may.
+        """
         counts, self.counts = self.counts, self._zeros()
         if skipped:
             return counts
         for layer, count_NE in counts.items():
             grouped_NE = count_NE.sum(0, keepdim=True) if self.config.name == "top_k" else count_NE
             self.fractions[layer] = next_fractions(self.fractions[layer], grouped_NE)
-            if self.config.balance == "bias":
-                bias_E = self.model.get_buffer(f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias")
+            name = f"model.layers.{layer}.block_sparse_moe.gate.e_score_correction_bias"
+            if self.config.balance == "bias" and trains(name):
+                bias_E = self.model.get_buffer(name)
                 bias_E.copy_(next_bias(bias_E.cpu(), grouped_NE, self._groups(layer), self.config.bias_rate))
         return counts
 

@@ -20,7 +20,7 @@ _OPTIONS = """options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 for a mistake (one line on stderr), 1 for a failing machine, 130 if stopped."""
+    """Run a command; return 0, 2 (one line: what the user can mend), 1 (a failing machine) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _drop_package_root()
     if not arguments or arguments[0] in ("--help", "-h", "help"):

@@ -77,7 +77,8 @@ class Trainer:
     def train_step(self) -> StepMetrics:
         """Run the next optimizer step."""
         config, step = self.config, self.step
-        self._enter_phase()
+        trains = _accepts(config.phases[config.phase_at(step)].train)
+        self.engine.train_only(trains)
         lr = config.optim.lr * rate_ratio(config.schedule, step, config.steps)
         zeros_N = torch.zeros(len(self.registry.domains), dtype=torch.float64)
         metrics = StepMetrics(step=step + 1, lr=lr, loss_sum_N=zeros_N.clone(), labels_N=zeros_N.clone())
@@ -90,7 +91,7 @@ class Trainer:
             self._count(micro, output, metrics)
         result = self.engine.step(lr)
         metrics.grad_norm, metrics.skipped, metrics.tokens = result.grad_norm, result.skipped, tokens
-        metrics.counts = self.balance.finish_step(skipped=result.skipped)
+        metrics.counts = self.balance.finish_step(skipped=result.skipped, trains=trains)
         for layer, count_NE in metrics.counts.items():
             self.load_NE[layer] += count_NE
         self.skipped += result.skipped
@@ -129,9 +130,6 @@ class Trainer:
         metrics.labels_N.index_add_(0, micro.domain_B, (micro.label_BS != IGNORED).sum(1).double())
         metrics.dropped += sum(int(stats.dropped) for stats in output.stats)
         self.balance.add(output.stats, micro.domain_B)
-
-    def _enter_phase(self) -> None:
-        self.engine.train_only(_accepts(self.config.phases[self.config.phase_at(self.step)].train))
 
     def _check_phases(self) -> None:
         """Raise ValueError now for what would stop the run when the phase begins: patterns that match nothing."""

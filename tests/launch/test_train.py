@@ -30,7 +30,7 @@ def tensors(run, step):
 
 
 ROUTERS = {
-    "domain_top_k": [],
+    "domain_top_k": ["router.sets=3"],
     "top_k": ["router=top_k", "router.num_experts=4", "~router.sets"],
     "rre": ["router=rre", "router.sets=2"],
 }
@@ -53,8 +53,8 @@ def test_the_same_bits_twice_and_in_pieces(train, tmp_path, router):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["router.balance_scope=batch"],
-        ["router.balance=bias"],
+        ["router.balance_scope=batch", "router.sets=3"],
+        ["router.balance=bias", "router.sets=3"],
         ["router.jitter=0.1", "router.z_loss=0.01"],
         ["precision=bf16"],
         ["model.embedding_slots={ships: 1}", "model.qk_norm=head", "model.sparse_layers=upper:1"],
@@ -148,3 +148,13 @@ def test_the_config_of_a_run_starts_the_same_run(train, tmp_path):
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["model"]["vocab_size"] == 300
     assert config["model"]["router"]["name"] == "domain_top_k"
+
+
+def test_a_frozen_gate_keeps_its_selection_bias(train, tmp_path):
+    phases = "phases=[{until: 3}, {until: null, train: ['model.layers.0.*']}]"
+    assert train("router.balance=bias", "router.sets=3", phases, "out=run", "save.every=3", "steps=6") == 0
+    before, after = tensors(tmp_path / "run", 3), tensors(tmp_path / "run", 6)
+    name = "model.layers.{}.block_sparse_moe.gate.e_score_correction_bias"
+    assert not torch.equal(before[name.format(0)], after[name.format(0)])
+    assert torch.equal(before[name.format(1)], after[name.format(1)])
+    assert before[name.format(1)].any()
