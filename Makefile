@@ -13,7 +13,8 @@ venv: $(READY) ## a virtual environment in .venv with everything but the distrib
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
 	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "installing into .venv (about 1.5 GB with torch)"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 demo: $(READY) ## six domains of real text, trained for minutes, with a table of what was learned

@@ -13,7 +13,7 @@ from ..benchmarks.train import TrainBenchSettings
 from ..benchmarks.train import run_suite as run_train
 from ..moe.parsing import from_mapping
 from ..moe.storage.durable import make_directory, write_file
-from .console import notes, progress_sink, results, table
+from .console import notes, print_table, progress_sink, results
 from .main import main
 
 
@@ -54,7 +54,7 @@ def load(config: Mapping[str, object]) -> BenchCommand:
 def show(measured: BenchTable) -> None:
     """Print the table and its notes."""
     console = results()
-    console.print(table(measured.title, list(measured.columns), [list(row) for row in measured.rows], left=2))
+    print_table(measured.title, list(measured.columns), [list(row) for row in measured.rows], left=2)
     for note in measured.notes:
         console.print(f"  {note}", markup=False, soft_wrap=True)
     console.print(f"  {'; '.join(f'{name}: {value}' for name, value in measured.machine.items())}", soft_wrap=True)

@@ -36,7 +36,7 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
             config = compose(command, overrides=[*overrides, *search])
         data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        key = str(error).splitlines()[0].rpartition(": ")[2]
+        key = error.full_key or str(error).splitlines()[0].rpartition(": ")[2]
         raise ValueError(f"missing key {key}: give {key}=... (sigmoe {command} --help)") from error
     # A user's file may be no mapping (OSError), nested without end, or have an empty `!!int` (IndexError in PyYAML).
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, LookupError, RecursionError) as error:
@@ -77,6 +77,10 @@ def _one_line(command: str, overrides: list[str], error: Exception) -> str:
         return f"unknown key {key}" + (
             f"; did you mean {' or '.join(near)}?" if near else f" (sigmoe {command} --help)"
         )
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if missing:
+        choices = sorted(path.stem for path in (_FOLDER / missing[1]).glob("*.yaml"))
+        return f"unknown choice {missing[1]}={missing[2]}; sigmoe's choices: {', '.join(choices)}"
     rest = [line.strip() for line in text.splitlines()[1:] if line.strip()]
     return "; ".join([first, *rest[:2]]) if rest and (len(first) < 60 or first.endswith(":")) else first
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,7 +47,7 @@ def bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
         console=console,
         refresh_per_second=4,
         transient=transient,
-        disable=transient and not console.is_terminal,
+        disable=not console.is_terminal,
     )
 
 
@@ -64,7 +65,24 @@ def progress_sink(*, transient: bool = False) -> Iterator[Sink]:
         yield update
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
+def print_table(
+    title: str, columns: list[str], rows: list[list[str]], *, left: int = 1, expendable: tuple[str, ...] = ()
+) -> None:
+    """Print a table to stdout, figures never cut: where it is too wide, columns go in the order of `expendable`."""
+    console, dropped = results(), list(expendable)
+    kept = list(range(len(columns)))
+    while True:
+        shown = _table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], left)
+        width = Measurement.get(console, console.options.update(width=10_000), shown).maximum
+        if width <= console.width or not dropped:
+            break
+        gone = dropped.pop(0)
+        kept = [i for i in kept if columns[i] != gone]
+    console.width = max(console.width, width)
+    console.print(shown)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]], left: int) -> Table:
     """Return a table whose first `left` columns are text and the rest right-aligned figures."""
     out = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):

@@ -14,7 +14,7 @@ from ..moe.data.prepare import prepare
 from ..moe.data.source import Workspace
 from ..moe.data.wheel import Wheel
 from ..moe.parsing import from_mapping
-from .console import notes, progress_sink, results, table
+from .console import notes, print_table, progress_sink
 from .main import main
 
 AnySource = Files | StandardLibrary | PackageFiles | Docstrings | Wheel
@@ -108,7 +108,8 @@ def _print_summary(dataset: Dataset, out: Path) -> None:
         )
     columns = ["domain", "source", "documents", "duplicates", "bytes", "tokens", "held-out tokens", "bytes/token"]
     title = f"{out}: vocabulary of {dataset.vocab_size:,}"
-    results().print(table(title, columns, rows, left=2))
+    expendable = ("source", "bytes/token", "duplicates", "documents")
+    print_table(title, columns, rows, left=2, expendable=expendable)
 
 
 if __name__ == "__main__":

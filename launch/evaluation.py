@@ -1,7 +1,7 @@
 """Held-out loss by domain."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,19 @@ class DomainLoss:
         """Loss in bits over the bytes of the labelled tokens; NaN where they are end-of-text ids alone, of 0 bytes."""
         return self.loss_sum / math.log(2) / self.bytes if self.bytes else math.nan
 
+    def to_json(self) -> dict[str, float | int | None]:
+        """Return plain JSON data; a loss that is not finite is null."""
+        loss_sum = self.loss_sum if math.isfinite(self.loss_sum) else None
+        return {"loss_sum": loss_sum, "tokens": self.tokens, "bytes": self.bytes}
+
     @staticmethod
     def from_json(data: Any) -> "DomainLoss":
-        """Read what `dataclasses.asdict` gave."""
-        return DomainLoss(loss_sum=float(data["loss_sum"]), tokens=int(data["tokens"]), bytes=int(data["bytes"]))
+        """Read what `to_json` gave."""
+        loss_sum = math.nan if data["loss_sum"] is None else float(data["loss_sum"])
+        return DomainLoss(loss_sum=loss_sum, tokens=int(data["tokens"]), bytes=int(data["bytes"]))
+
+
+Losses = Mapping[str, DomainLoss]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ COMMANDS = {
     "bench": "measure sigmoe beside its peers on this machine",
 }
 _OPTIONS = """options:
-  --help            this text, with every key and its default
+  --help            help; after a COMMAND with every key, its default and every choice
   --cfg             print the composed config and stop
   --config-dir DIR  a folder with config groups of your own
   --traceback       show where an error came from"""

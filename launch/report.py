@@ -1,26 +1,23 @@
 """The table that a run closes with."""
 
-from rich.table import Table
-
 from ..moe.data.baseline import unigram_bits_per_byte
-from .console import table
-from .session import SessionResult
+from .console import print_table
+from .evaluation import Losses
 from .trainer import Trainer
 
 
-def closing_table(trainer: Trainer, result: SessionResult) -> Table:
-    """Return held-out loss, perplexity, bits per byte before and after, tokens seen, load of its experts, by domain."""
+def print_closing_table(trainer: Trainer, before: Losses, after: Losses) -> None:
+    """Print held-out loss, perplexity, bits per byte before and after, tokens seen, load of its experts, by domain."""
     consumed = trainer.step * trainer.config.global_batch
     tokens, epochs = trainer.loader.tokens_seen(consumed), trainer.loader.epochs(consumed)
     rows = []
-    for name, after in result.after.items():
-        before = result.before[name]
+    for name in after:
         rows.append(
             [
                 name,
-                f"{before.loss:.3f} → {after.loss:.3f}",
-                f"{before.perplexity:,.0f} → {after.perplexity:,.1f}",
-                f"{before.bits_per_byte:.3f} → {after.bits_per_byte:.3f}",
+                f"{before[name].loss:.3f} → {after[name].loss:.3f}",
+                f"{before[name].perplexity:,.0f} → {after[name].perplexity:,.1f}",
+                f"{before[name].bits_per_byte:.3f} → {after[name].bits_per_byte:.3f}",
                 f"{unigram_bits_per_byte(trainer.dataset, name, trainer.config.evaluate.tokens):.3f}",
                 f"{tokens[name]:,}",
                 f"{epochs[name]:.2f}",
@@ -37,7 +34,8 @@ def closing_table(trainer: Trainer, result: SessionResult) -> Table:
         "epochs",
         "load of its experts",
     ]
-    return table("before → after", columns, rows)
+    expendable = ("perplexity", "epochs", "load of its experts", "tokens")
+    print_table(f"step 0 → step {trainer.step}", columns, rows, expendable=expendable)
 
 
 def expert_load(trainer: Trainer, domain: str) -> str:

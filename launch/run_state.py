@@ -1,18 +1,16 @@
 """A trainer's state to a checkpoint and back."""
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..moe.hf.config import hf_config
 from ..moe.storage.checkpoint import Checkpoint, CheckpointContent
-from .evaluation import DomainLoss
+from .evaluation import DomainLoss, Losses
 from .trainer import Trainer
 
 
-def checkpoint_content(trainer: Trainer, heldout_before: Mapping[str, DomainLoss]) -> CheckpointContent:
+def checkpoint_content(trainer: Trainer, before: Losses, after: Losses) -> CheckpointContent:
     """Return everything that a run needs to go on, tensors read lazily."""
     config, dataset = trainer.config, trainer.dataset
     named = trainer.engine.named_state()
@@ -24,7 +22,8 @@ def checkpoint_content(trainer: Trainer, heldout_before: Mapping[str, DomainLoss
         "skipped_steps": trainer.skipped,
         "balance_fractions": trainer.balance.to_json(),
         "expert_load": {str(layer): count.tolist() for layer, count in trainer.load_NE.items()},
-        "heldout_before": {name: dataclasses.asdict(loss) for name, loss in heldout_before.items()},
+        "heldout_before": {name: loss.to_json() for name, loss in before.items()},
+        "heldout_after": {name: loss.to_json() for name, loss in after.items()},
     }
     return CheckpointContent(
         model=named.model,
@@ -44,8 +43,10 @@ def checkpoint_content(trainer: Trainer, heldout_before: Mapping[str, DomainLoss
     )
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, DomainLoss]:
-    """Put `trainer` where `checkpoint` was saved; return the held-out losses before the first step.
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> tuple[Losses, Losses]:
+    """Put `trainer` where `checkpoint` was saved; return the held-out losses before the first step and after the last.
+
+    The latter are empty where the run had not ended.
 
     Raises ValueError where the checkpoint belongs to another model, registry, tokenizer or dataset.
     """
@@ -64,6 +65,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> dict[str, DomainLoss]:
         trainer.balance.load_json(state["balance_fractions"])
         for layer, count in trainer.load_NE.items():
             count.copy_(torch.tensor(state["expert_load"][str(layer)]))
-        return {name: DomainLoss.from_json(loss) for name, loss in state["heldout_before"].items()}
+        before, after = (
+            {name: DomainLoss.from_json(loss) for name, loss in state[key].items()}
+            for key in ("heldout_before", "heldout_after")
+        )
+        return before, after
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}/state.json lacks {error}") from error

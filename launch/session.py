@@ -16,7 +16,7 @@ from ..moe.counts import train_flops
 from ..moe.storage.checkpoint import checkpoint_bytes
 from ..moe.storage.durable import WriteError, require_space
 from ..parallel.checkpointer import Checkpointer
-from .evaluation import DomainLoss, evaluate_domains
+from .evaluation import Losses, evaluate_domains
 from .metrics import Metrics
 from .progress import TrainProgress
 from .run_state import checkpoint_content, restore
@@ -27,8 +27,8 @@ from .trainer import StepMetrics, Trainer
 class SessionResult:
     """How a session ended."""
 
-    before: dict[str, DomainLoss]
-    after: dict[str, DomainLoss]
+    before: Losses
+    after: Losses
     seconds: float  # spent in optimizer steps
     tokens: int
     matmul_rate: float
@@ -44,7 +44,8 @@ class Session:
         self.stop = False
         self.matmul_rate = 0.0
         self.flops = train_flops(self.config.model, trainer.registry, self.config.sequence_length)
-        self.before: dict[str, DomainLoss] = {}
+        self.before: Losses = {}
+        self.after: Losses = {}
         self.saved_step: int | None = None
         self.resumed_step = -1  # the session begins with step 0 itself
 
@@ -52,10 +53,10 @@ class Session:
         """Go to the newest checkpoint that verifies, if there is one; check that the next one fits on the disk."""
         checkpoint = self.checkpointer.load_latest(self.progress.note)
         if checkpoint is not None:
-            self.before = restore(self.trainer, checkpoint)
+            self.before, self.after = restore(self.trainer, checkpoint)
             self.saved_step = self.resumed_step = self.trainer.step
             self.progress.note(f"resuming {self.directory} at step {self.trainer.step}")
-        require_space(self.directory, checkpoint_bytes(checkpoint_content(self.trainer, self.before)))
+        require_space(self.directory, checkpoint_bytes(checkpoint_content(self.trainer, self.before, self.after)))
         return checkpoint is not None
 
     def run(self) -> SessionResult:
@@ -68,6 +69,7 @@ class Session:
         try:
             # Until all is saved: a SIGTERM in the last evaluation must not cost what was trained.
             with self._signals(), self.progress.steps(trainer.step, config.steps):
+                self.after = {}
                 if not self.before:
                     self.before = self._evaluate(metrics)
                 while trainer.step < config.last_step and not self.stop:
@@ -76,14 +78,15 @@ class Session:
                     elapsed = time.perf_counter() - begin
                     seconds += elapsed
                     self._after_step(step, elapsed, metrics)
-                after = self._evaluate(metrics) if trainer.step == config.steps else {}
+                if trainer.step == config.steps:
+                    self.after = self._evaluate(metrics)
                 if self.saved_step != trainer.step:
                     self._save()
         finally:
             metrics.close()
         return SessionResult(
             before=self.before,
-            after=after,
+            after=self.after,
             seconds=seconds,
             tokens=(trainer.step - first) * config.global_batch * config.sequence_length,
             matmul_rate=self.matmul_rate,
@@ -103,7 +106,7 @@ class Session:
         if config.save.every and step.step % config.save.every == 0 and step.step < config.steps:
             self._try_save()
 
-    def _evaluate(self, metrics: Metrics) -> dict[str, DomainLoss]:
+    def _evaluate(self, metrics: Metrics) -> Losses:
         losses = evaluate_domains(
             self.trainer.model,
             self.trainer.loader,
@@ -127,7 +130,7 @@ class Session:
 
     def _save(self) -> None:
         self.progress.note(f"saving step {self.trainer.step}")
-        self.checkpointer.save(self.trainer.step, checkpoint_content(self.trainer, self.before))
+        self.checkpointer.save(self.trainer.step, checkpoint_content(self.trainer, self.before, self.after))
         self.saved_step = self.trainer.step
 
     @contextmanager

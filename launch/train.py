@@ -14,10 +14,10 @@ from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.storage.checkpoint import MANIFEST, load_yaml
 from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
-from .console import progress_sink, results
+from .console import progress_sink
 from .main import main
 from .progress import TrainProgress
-from .report import closing_table
+from .report import print_closing_table
 from .session import Session, SessionResult
 from .train_config import TrainConfig, check_same_run
 from .trainer import Trainer, pick_device
@@ -40,6 +40,8 @@ def run(config: Mapping[str, Any]) -> None:
     if begun and not resumed:
         progress.note(f"{directory} has no checkpoint yet: starting at step 0")
     if trainer.step >= train_config.last_step:
+        if session.after:
+            print_closing_table(trainer, session.before, session.after)
         limit = "steps" if trainer.step >= train_config.steps else "stop_at"
         progress.note(f"{directory} stands at step {trainer.step} already: raise {limit}, or give another out=")
         return
@@ -113,7 +115,7 @@ def _check_memory(num_parameters: int, device: str) -> None:
 
 def _close(trainer: Trainer, result: SessionResult, directory: Path, progress: TrainProgress) -> None:
     if result.after:
-        results().print(closing_table(trainer, result))
+        print_closing_table(trainer, result.before, result.after)
     if result.seconds:
         progress.note(
             f"{result.tokens:,} tokens in {result.seconds:.0f} s of training, {result.tokens / result.seconds:,.0f} "

@@ -100,7 +100,9 @@ class TrainConfig:
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.global_batch % self.micro_size:
-            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_size}")
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_size}: change one"
+            )
         if self.schedule.name == "wsd" and self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
             raise ValueError(
                 f"schedule: warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
@@ -126,7 +128,11 @@ class TrainConfig:
         values = dict(data)
         if "router" in values and isinstance(values.get("model"), Mapping):
             values["model"] = {**values["model"], "router": values.pop("router")}
-        return from_mapping(TrainConfig, values)
+        try:
+            return from_mapping(TrainConfig, values)
+        except ValueError as error:
+            # The router is a group of its own for the user, though it is a part of the model.
+            raise ValueError(str(error).replace("model.router", "router")) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

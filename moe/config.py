@@ -82,7 +82,9 @@ class ModelConfig:
                 f"dim {self.dim} is not divisible by num_heads {self.num_heads}: change one, or set head_dim"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}: change one"
+            )
         if self.head_width < 2 or self.head_width % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_width}")
         for name in ("head_dim", "ffn_dim", "sliding_window"):

@@ -99,7 +99,7 @@ def _describe(hint: Any) -> str:
         return "a list of " + _describe(arguments[0])
     if origin in (dict, Mapping):
         return "a group of names with " + _describe(arguments[1])
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {object: "anything", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return names.get(hint, str(hint))
 
 

@@ -49,6 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         loss_T, penalty_T = torch.zeros(2, T, dtype=wide, device=x_TD.device)
         grad_x = torch.empty_like(x_TD) if need_x else None
+        # Sums over the vocabulary are long: they run a fifth faster along contiguous rows.
+        weight_DV = weight_VD.t().contiguous() if need_x else None
         # Grown transposed: the small chunk of x then is the operand that the product copies.
         grad_weight_DV = torch.zeros(x_TD.shape[1], V, dtype=wide, device=x_TD.device) if need_weight else None
         for rows in _chunks(T, V):
@@ -60,8 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is None and grad_weight_DV is None:
                 continue
             grad_NV = _grad_logits(prob_NV, lse_N, label_N, z_loss).to(x_TD.dtype)
-            if grad_x is not None:
-                grad_x[rows] = product(grad_NV, weight_VD.t())[:num_rows]
+            if grad_x is not None and weight_DV is not None:
+                grad_x[rows] = product(grad_NV, weight_DV)[:num_rows]
             if grad_weight_DV is not None:
                 grad_weight_DV += product(x_ND.t(), grad_NV.t())
         labelled_T = label_T != _IGNORED

@@ -47,6 +47,8 @@ class Files:
         pattern = str(Path(self.files).expanduser())
         paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 - may be absolute
         paths = [path for path in paths if not path.is_dir()]
+        if not paths and Path(pattern).is_dir():
+            raise ValueError(f"{self.files} is a folder: name its files, as in {self.files.rstrip('/')}/*.txt")
         if not paths:
             raise ValueError(f"no file matches {self.files!r} (from {Path.cwd()}): correct the path or the pattern")
         return paths

@@ -8,9 +8,10 @@ import signal
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from sigmoe.launch.compose import compose_command
-from sigmoe.launch.console import notes, results, table
+from sigmoe.launch.console import notes, print_table
 from sigmoe.launch.main import main
 from sigmoe.launch.metrics import Metrics
 from sigmoe.launch.progress import TrainProgress
@@ -172,7 +173,7 @@ PATHS = ["runs/[ab]/x", "runs/[bold]x[/bold]", "runs/[/]", "runs/:fire:/x"]
 def test_paths_are_printed_whole(capfd, path):
     notes().print(f"run directory {path}")
     TrainProgress(plain_every=1).note(f"resuming {path}")
-    results().print(table(path, ["domain", f"source {path}"], [["ships", f"{path}/*.txt"]], left=2))
+    print_table(path, ["domain", f"source {path}"], [["ships", f"{path}/*.txt"]], left=2)
     told = capfd.readouterr()
     assert told.err == f"run directory {path}\nresuming {path}\n"
     assert told.out.splitlines()[0].strip() == path
@@ -205,3 +206,23 @@ def test_sigterm_in_the_last_evaluation_loses_nothing(train, tmp_path, capfd, mo
     capfd.readouterr()
     assert train("out=run") == 0
     assert "stands at step 10 already" in capfd.readouterr().err
+
+
+def test_tables_drop_columns_but_never_cut_a_figure(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sigmoe.launch.console.results", lambda: Console(width=40, force_terminal=True, color_system=None)
+    )
+    columns, row = ["domain", "loss", "perplexity", "epochs"], ["recipes", "7.804 → 4.696", "2,451 → 109.6", "0.05"]
+    print_table("t", columns, [row], expendable=("perplexity", "epochs"))
+    narrow = capsys.readouterr().out
+    assert "7.804 → 4.696" in narrow
+    assert "perplexity" not in narrow
+    print_table("t", columns, [row])
+    assert "2,451 → 109.6" in capsys.readouterr().out
+
+
+def test_a_finished_run_prints_its_table_again(train, capfd):
+    assert train("out=run") == 0
+    first = capfd.readouterr().out
+    assert train("out=run") == 0
+    assert capfd.readouterr().out == first
