@@ -48,7 +48,7 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
 def describe_command(command: str) -> str:
     """Return the command's config file as it stands, with its comments, and the choices of every group."""
     lines = (_FOLDER / f"{command}.yaml").read_text(encoding="utf-8").rstrip().splitlines()
-    groups = {line.strip(" -").removeprefix("optional ").partition(":")[0] for line in lines if line.startswith("  - ")}
+    groups = {line.strip(" -").partition(":")[0] for line in lines if line.startswith("  - ")}
     text = [*lines]
     for group in sorted(groups):
         if (_FOLDER / group).is_dir():

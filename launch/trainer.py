@@ -18,6 +18,7 @@ from ..moe.initialize import initialize
 from ..moe.model import ModelOutput, Transformer
 from ..moe.route_table import fill_route_tables
 from ..moe.routing import TrainingPass
+from ..parallel.engine import TrainEngine
 from ..parallel.local import LocalEngine
 from .balance_state import BalanceState
 from .schedule import rate_ratio
@@ -57,7 +58,7 @@ class Trainer:
         self.device = torch.device(pick_device(config.device))
         self.model = self._build_model()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-        self.engine = LocalEngine(self.model, config.optim, dtype)
+        self.engine: TrainEngine = LocalEngine(self.model, config.optim, dtype)
         self._check_phases()
         self.balance = BalanceState(self.model)
         self.load_NE = {layer: torch.zeros_like(count) for layer, count in self.balance.counts.items()}
