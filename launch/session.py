@@ -27,8 +27,6 @@ from .trainer import StepMetrics, Trainer
 class SessionResult:
     """How a session ended."""
 
-    before: Losses
-    after: Losses
     seconds: float  # spent in optimizer steps
     tokens: int
     matmul_rate: float
@@ -85,8 +83,6 @@ class Session:
         finally:
             metrics.close()
         return SessionResult(
-            before=self.before,
-            after=self.after,
             seconds=seconds,
             tokens=(trainer.step - first) * config.global_batch * config.sequence_length,
             matmul_rate=self.matmul_rate,

@@ -52,7 +52,7 @@ def run(config: Mapping[str, Any]) -> None:
         f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
         f"{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
-    _close(trainer, session.run(), directory, progress)
+    _close(session, session.run(), progress)
 
 
 def _open(config: Mapping[str, Any]) -> Dataset:
@@ -113,9 +113,10 @@ def _check_memory(num_parameters: int, device: str) -> None:
         )
 
 
-def _close(trainer: Trainer, result: SessionResult, directory: Path, progress: TrainProgress) -> None:
-    if result.after:
-        print_closing_table(trainer, result.before, result.after)
+def _close(session: Session, result: SessionResult, progress: TrainProgress) -> None:
+    trainer = session.trainer
+    if session.after:
+        print_closing_table(trainer, session.before, session.after)
     if result.seconds:
         progress.note(
             f"{result.tokens:,} tokens in {result.seconds:.0f} s of training, {result.tokens / result.seconds:,.0f} "
@@ -123,9 +124,9 @@ def _close(trainer: Trainer, result: SessionResult, directory: Path, progress: T
         )
     if trainer.skipped:
         progress.note(f"{trainer.skipped} of {trainer.step} steps were skipped: loss or gradient was not finite")
-    if not result.after and not result.interrupted:
+    if not session.after and not result.interrupted:
         progress.note(f"stopped at step {trainer.step} (stop_at), saved; to go on, raise stop_at or leave it out")
-    elif not result.after:
+    elif not session.after:
         command = shlex.join(["sigmoe", "train", *sys.argv[2:]]) if sys.argv[1:2] == ["train"] else "the same command"
         progress.note(f"stopped at step {trainer.step}, saved; to resume, run again: {command}")
 
