@@ -92,13 +92,15 @@ def _measure(settings: TrainBenchSettings, raised: bool, progress: Progress) -> 
         workers = {
             name: stack.enter_context(
                 Worker(
+                    "train_worker",
                     WorkerRequest(
                         contender=name,
                         shape=settings.shape,
                         threads=settings.threads,
                         raise_thresholds=raised,
                         warmup=settings.warmup,
-                    )
+                    ),
+                    WorkerAnswer,
                 )
             )
             for name in names

@@ -7,20 +7,36 @@ import subprocess
 import sys
 import tempfile
 from types import TracebackType
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from ..moe.parsing import from_mapping
-from .train_worker import WorkerAnswer, WorkerRequest
+
+AnswerT = TypeVar("AnswerT")
 
 
-class Worker:
-    """A process that measures one contender, warmed up when construction returns; a context manager that ends it."""
+class Request(Protocol):
+    """A dataclass that describes the work."""
 
-    def __init__(self, request: WorkerRequest) -> None:
-        self.name = request.contender
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def contender(self) -> str:
+        """Who is measured."""
+        ...
+
+
+class Worker(Generic[AnswerT]):
+    """A process that measures one contender, warmed up when construction returns; a context manager that ends it.
+
+    It runs `module` of this folder, which answers `request`, and every number that follows, with an `answer`.
+    """
+
+    def __init__(self, module: str, request: Request, answer: type[AnswerT]) -> None:
+        self.name, self.answer = request.contender, answer
         # -P and another folder keep the package root off sys.path, where our `kernels` would shadow Hugging Face's.
         self.complaints = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed by _end
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "sigmoe.benchmarks.train_worker"],
+            [sys.executable, "-P", "-W", "ignore", "-m", f"sigmoe.benchmarks.{module}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.complaints,
@@ -33,11 +49,11 @@ class Worker:
             self._end(kill=True)
             raise
 
-    def run(self, steps: int) -> WorkerAnswer:
+    def run(self, steps: int) -> AnswerT:
         """Let it take `steps` steps."""
         return self._ask(str(steps))
 
-    def _ask(self, line: str) -> WorkerAnswer:
+    def _ask(self, line: str) -> AnswerT:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it ended: then there is no answer either
@@ -49,9 +65,9 @@ class Worker:
             self.complaints.seek(0)
             reason = self.complaints.read().strip().splitlines() or [f"exit code {self.process.returncode}"]
             raise OSError(f"measuring {self.name} failed: {reason[-1]}")
-        return from_mapping(WorkerAnswer, json.loads(answer))
+        return from_mapping(self.answer, json.loads(answer))
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> "Worker[AnswerT]":
         return self
 
     def __exit__(

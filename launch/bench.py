@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..benchmarks.exactness import ExactnessSettings
+from ..benchmarks.exactness import run_suite as run_exactness
+from ..benchmarks.generate import GenerateBenchSettings
+from ..benchmarks.generate import run_suite as run_generate
+from ..benchmarks.router_runs import RouterBenchSettings
+from ..benchmarks.routers import run_suite as run_routers
 from ..benchmarks.table import BenchTable
 from ..benchmarks.tokenize import TokenizeBenchSettings
 from ..benchmarks.tokenize import run_suite as run_tokenize
@@ -21,9 +27,12 @@ from .main import main
 class BenchCommand:
     """The keys of `sigmoe bench`."""
 
-    suite: Literal["train", "tokenize"]
+    suite: Literal["train", "tokenize", "routers", "exactness", "generate"]
     train: TrainBenchSettings
     tokenize: TokenizeBenchSettings
+    routers: RouterBenchSettings
+    exactness: ExactnessSettings
+    generate: GenerateBenchSettings
     out: str | None = None
 
 
@@ -36,6 +45,12 @@ def run(config: Mapping[str, object]) -> None:
                 measured = run_train(command.train, progress)
             case "tokenize":
                 measured = run_tokenize(command.tokenize, progress)
+            case "routers":
+                measured = run_routers(command.routers, progress)
+            case "exactness":
+                measured = run_exactness(command.exactness, progress)
+            case "generate":
+                measured = run_generate(command.generate, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):
@@ -45,9 +60,11 @@ def run(config: Mapping[str, object]) -> None:
 def load(config: Mapping[str, object]) -> BenchCommand:
     """Build the command from composed data, where model and router stand beside the suite's own keys."""
     values = dict(config)
-    model, router, suite = values.pop("model", None), values.pop("router", None), values.get("train")
-    if isinstance(model, Mapping) and isinstance(suite, Mapping):
-        values["train"] = {**suite, "model": {**model, "router": router}}
+    model, router = values.pop("model", None), values.pop("router", None)
+    for name in ("train", "generate"):
+        suite = values.get(name)
+        if isinstance(model, Mapping) and isinstance(suite, Mapping):
+            values[name] = {**suite, "model": {**model, "router": router}}
     return from_mapping(BenchCommand, values)
 
 

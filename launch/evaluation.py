@@ -1,16 +1,24 @@
-"""Held-out loss by domain."""
+"""Held-out loss by domain.
+
+Shape letters: B sequences, S positions, N documents.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..moe.batch import IGNORED
-from ..moe.data.loader import BatchLoader
+from ..moe.batch import IGNORED, Batch
+from ..moe.data.dataset import Dataset
+from ..moe.data.loader import BatchLoader, heldout_batches
 from ..moe.model import Transformer
+
+Route = int | NDArray[np.int64]  # the model's domain id for a whole text, or one a document of it, `[N]`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +31,8 @@ class DomainLoss:
 
     @property
     def loss(self) -> float:
-        """Mean loss a token, nats."""
-        return self.loss_sum / self.tokens
+        """Mean loss a token, nats; NaN where there is none."""
+        return self.loss_sum / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -51,7 +59,96 @@ class DomainLoss:
 Losses = Mapping[str, DomainLoss]
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldoutSettings:
+    """How held-out text is cut into batches: equal settings give every model the very same ones."""
+
+    batch_size: int
+    sequence_length: int
+    max_tokens: int | None  # of a domain, from its beginning; None: all
+
+    def batches(self, dataset: Dataset, text: str) -> Iterator[Batch]:
+        """Yield the batches of domain `text`."""
+        return heldout_batches(
+            dataset,
+            text,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            max_tokens=self.max_tokens,
+        )
+
+    def num_tokens(self, dataset: Dataset, text: str) -> int:
+        """Return how many tokens of domain `text` are read."""
+        there = dataset.domain(text).heldout.num_tokens
+        return there if self.max_tokens is None else min(self.max_tokens, there)
+
+    def num_batches(self, dataset: Dataset, text: str) -> int:
+        """Return how many batches `batches` yields."""
+        sequences = -(-self.num_tokens(dataset, text) // self.sequence_length)
+        return -(-sequences // self.batch_size)
+
+    def num_documents(self, dataset: Dataset, text: str) -> int:
+        """Return how many documents of domain `text` are read, the last one perhaps not to its end."""
+        end_N = np.cumsum(dataset.domain(text).heldout.lengths, dtype=np.int64)
+        return int(np.searchsorted(end_N, self.num_tokens(dataset, text))) + 1
+
+
 @torch.no_grad()
+def text_losses(
+    model: Transformer,
+    dataset: Dataset,
+    text: str,
+    routes: Sequence[Route],
+    settings: HeldoutSettings,
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[DomainLoss]:
+    """Return the loss of the held-out documents of domain `text` under each of `routes`.
+
+    The model runs a batch once a domain, whole: so a token's loss under a domain is the same whichever route asks.
+    """
+    token_bytes = torch.from_numpy(dataset.token_bytes())
+    end_N = np.cumsum(dataset.domain(text).heldout.lengths, dtype=np.int64)
+    sums, tokens, num_bytes = [0.0] * len(routes), 0, 0
+    for batch in settings.batches(dataset, text):
+        position_BS = batch.sample_B[:, None].numpy() * settings.sequence_length + np.arange(settings.sequence_length)
+        document_BS = np.searchsorted(end_N, position_BS, side="right")
+        for number, loss_BS in enumerate(_batch_losses(model, batch, routes, document_BS)):
+            sums[number] += float(loss_BS.double().sum())
+        labelled: Tensor = batch.label_BS != IGNORED
+        tokens += int(labelled.sum())
+        num_bytes += int(token_bytes[batch.label_BS[labelled]].sum())
+        on_batch()
+    return [DomainLoss(loss_sum=loss_sum, tokens=tokens, bytes=num_bytes) for loss_sum in sums]
+
+
+def _batch_losses(
+    model: Transformer, batch: Batch, routes: Sequence[Route], document_BS: NDArray[np.int64]
+) -> list[Tensor]:
+    """Return each token's loss under each of `routes`, fp32 `[B, S]` each; what lies behind the text is padding."""
+    here = batch.to(next(model.parameters()).device)
+    known: dict[int, Tensor] = {}
+
+    def under(domain: int) -> Tensor:
+        if domain not in known:
+            domain_B = torch.full_like(here.domain_B, domain)
+            output = model(here.token_BS, start_BS=here.start_BS, domain_B=domain_B, label_BS=here.label_BS)
+            assert output.loss_BS is not None
+            known[domain] = output.loss_BS
+        return known[domain]
+
+    losses = []
+    for route in routes:
+        if isinstance(route, int):
+            losses.append(under(route))
+            continue
+        domain_BS = torch.from_numpy(route[np.minimum(document_BS, len(route) - 1)]).to(here.token_BS.device)
+        loss_BS = torch.zeros(domain_BS.shape, device=domain_BS.device)
+        for domain in domain_BS.unique().tolist():
+            loss_BS = torch.where(domain_BS == domain, under(domain), loss_BS)
+        losses.append(loss_BS)
+    return losses
+
+
 def evaluate_domains(
     model: Transformer,
     loader: BatchLoader,
@@ -60,20 +157,13 @@ def evaluate_domains(
     max_tokens: int,
     on_domain: Callable[[str], None] = lambda name: None,
 ) -> dict[str, DomainLoss]:
-    """Return every domain's held-out loss over at the most `max_tokens` tokens. `on_domain` hears who comes next."""
-    token_bytes = torch.from_numpy(loader.dataset.token_bytes())
-    device = next(model.parameters()).device
+    """Return every domain's held-out loss over at the most `max_tokens` tokens; ids are the dataset's own.
+
+    `on_domain` hears who comes next.
+    """
+    settings = HeldoutSettings(batch_size=batch_size, sequence_length=loader.sequence_length, max_tokens=max_tokens)
     losses = {}
     for name in loader.dataset.domain_names:
         on_domain(name)
-        loss_sum, tokens, num_bytes = 0.0, 0, 0
-        for batch in loader.heldout_batches(name, batch_size, max_tokens):
-            here = batch.to(device)
-            output = model(here.token_BS, start_BS=here.start_BS, domain_B=batch.domain_B, label_BS=here.label_BS)
-            assert output.loss_BS is not None
-            labelled: Tensor = batch.label_BS != IGNORED
-            loss_sum += float(output.loss_BS.double().sum())
-            tokens += int(labelled.sum())
-            num_bytes += int(token_bytes[batch.label_BS[labelled]].sum())
-        losses[name] = DomainLoss(loss_sum=loss_sum, tokens=tokens, bytes=num_bytes)
+        (losses[name],) = text_losses(model, loader.dataset, name, [loader.dataset.domain(name).id], settings)
     return losses

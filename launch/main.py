@@ -9,9 +9,14 @@ from pathlib import Path
 COMMANDS = {
     "data": "fetch or read domain-tagged text, train the tokenizer, write token files",
     "train": "train a model; continues a run that was interrupted",
+    "evaluate": "loss, perplexity and bits per byte of held-out text, by domain; models beside each other",
+    "generate": "continue prompts, greedily or by sampling; streams the text as it comes",
+    "extract": "cut the exact submodel of some domains out of a model, verified against its parent",
     "verify": "hash every file of a checkpoint, find every expert exactly once; or hash a dataset",
     "bench": "measure sigmoe beside its peers on this machine",
 }
+# Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call.
+_LITERAL = {"generate": "prompt="}
 _OPTIONS = """options:
   --help            help; after a COMMAND with every key, its default and every choice
   --cfg             print the composed config and stop
@@ -50,7 +55,9 @@ def _run(command: str, rest: list[str]) -> int:
         head = f"sigmoe {command} key=value ...: {COMMANDS[command]}"
         print("\n\n".join([head, _OPTIONS, describe_command(command)]))  # noqa: T201
         return 0
-    config = compose_command(command, overrides, config_dir)
+    literal = _LITERAL.get(command, "\0")
+    config = compose_command(command, [text for text in overrides if not text.startswith(literal)], config_dir)
+    config |= {literal[:-1]: text.removeprefix(literal) for text in overrides if text.startswith(literal)}
     if "--cfg" in flags:
         import yaml
 

@@ -1,6 +1,5 @@
 """What a training run is."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from ..moe.config import ModelConfig
 from ..moe.data.sampling import Phase
-from ..moe.parsing import from_mapping
+from ..moe.parsing import from_mapping, to_mapping
 from ..parallel.engine import OptimizerConfig
 from .schedule import ScheduleConfig
 
@@ -136,8 +135,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        data: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return data
+        return to_mapping(self)
 
     def to_shared_dict(self) -> dict[str, Any]:
         """Return plain data without what may differ between a run's sessions: equal states have equal bytes."""
@@ -181,11 +179,3 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], path: str 
             raise ValueError(
                 f"{name} was {old!r} when this run began and is {new!r} now: set it back, or give another out="
             )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value

@@ -11,8 +11,16 @@ from ..moe.data.dataset import open_dataset
 from ..moe.data.progress import Progress
 from ..moe.domains import DomainRegistry
 from ..moe.parsing import from_mapping
-from ..moe.storage.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from ..moe.storage.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    check_experts,
+    open_checkpoint,
+    read_manifest,
+    verify_files,
+)
 from ..moe.storage.tensors import TensorReader
+from ..moe.stored import open_model
 from ..parallel.checkpointer import Checkpointer
 from .console import progress_sink, results
 from .main import main
@@ -53,6 +61,9 @@ def verify_dataset(path: Path) -> None:
 def verify_checkpoints(target: Path, *, every: bool) -> None:
     """Verify the checkpoint `target`, or the newest (or `every`) checkpoint of the run that it names."""
     for path in find_checkpoints(target, every=every):
+        if (path / "config.json").is_file():
+            verify_submodel(path)
+            continue
         with progress_sink(transient=True) as progress:
             checkpoint = verify_checkpoint(path, progress)
         files = checkpoint.manifest["files"]
@@ -62,6 +73,20 @@ def verify_checkpoints(target: Path, *, every: bool) -> None:
             f"{len(checkpoint.manifest['experts'])} experts",
             soft_wrap=True,
         )
+
+
+def verify_submodel(path: Path) -> None:
+    """Verify a submodel in a format of transformers; ValueError names the first bad file, expert or tensor."""
+    manifest = read_manifest(path)
+    with progress_sink(transient=True) as progress:
+        verify_files(path, manifest, lambda done, total: progress(f"hashing {path.name}", done, total))
+    stored = open_model(path)
+    check_experts(path, manifest, stored.tensors.names())
+    results().print(
+        f"ok  {path}  {stored.format}  {len(manifest['files']) + 1} files  "
+        f"{sum(record['size'] for record in manifest['files'].values()):,} bytes  {len(manifest['experts'])} experts",
+        soft_wrap=True,
+    )
 
 
 def find_checkpoints(path: Path, *, every: bool) -> list[Path]:

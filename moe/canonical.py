@@ -11,6 +11,7 @@ from .domains import DomainRegistry
 from .model import Transformer
 
 _EXPERT = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.w[123]\.weight$")
+_SLOT = re.compile(r"^(?:model\.embed_tokens|lm_head)\.slots\.(\d+)\.weight$")
 
 
 def canonical_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -50,6 +51,12 @@ def expert_of(name: str) -> tuple[int, int] | None:
     """Return (layer, expert) of an expert's canonical name, None for any other."""
     match = _EXPERT.match(name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def slot_of(name: str) -> int | None:
+    """Return the slot of an embedding's or head's canonical name, None where it has no slots and for any other."""
+    match = _SLOT.match(name)
+    return int(match[1]) if match else None
 
 
 def expected_shapes(config: ModelConfig, registry: DomainRegistry) -> dict[str, tuple[int, ...]]:

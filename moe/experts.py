@@ -1,14 +1,14 @@
 """The experts of a sparse layer, and the feed-forward of a dense one.
 
-Shape letters: D model width, F hidden width, E experts, R rows.
+Shape letters: D model width, F hidden width, E experts, R rows, T tokens, K top-k.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.expert_mlp import expert_mlp
-from ..kernels.linear import linear
-from ..kernels.swiglu import swiglu
+from ..kernels.expert_mlp import expert_mlp, expert_mlp_few
+from ..kernels.linear import linear, linear_few
+from ..kernels.swiglu import swiglu, swiglu_forward
 
 
 class GroupedExperts(nn.Module):
@@ -23,6 +23,10 @@ class GroupedExperts(nn.Module):
         """Apply expert e to its `count_E[e]` rows; rows are grouped by expert in order."""
         return expert_mlp(rows_RD, count_E, self.gate_up, self.down)
 
+    def decode(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return each token's weighted sum over its experts, for a few tokens; no autograd."""
+        return expert_mlp_few(x_TD, expert_TK, weight_TK, self.gate_up, self.down)
+
 
 class DenseFFN(nn.Module):
     """SwiGLU feed-forward: `gate_up` [2F, D] (gate rows first) and `down` [D, F]."""
@@ -35,3 +39,8 @@ class DenseFFN(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Apply the feed-forward to every token."""
         return linear(swiglu(linear(x_BSD, self.gate_up)), self.down)
+
+    def decode(self, x_BSD: Tensor) -> Tensor:
+        """Apply the feed-forward to a few tokens; no autograd."""
+        hidden_TG = linear_few(x_BSD.flatten(0, 1), self.gate_up)
+        return linear_few(swiglu_forward(hidden_TG), self.down).view_as(x_BSD)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import linear
+from ..kernels.linear import linear, linear_few
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from .cache import KeyValueCache
 from .config import ModelConfig, check_registry
 from .domains import DomainRegistry
 from .layer import Block, RMSNorm
@@ -51,16 +52,23 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext
+        self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
-        """Return the normed hidden states and the sparse layers' stats."""
+        """Return the normed hidden states and the sparse layers' stats; keep keys and values in an empty cache."""
         position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device) - start_BS
         stats = []
         for layer in self.layers:
-            x_BSD, layer_stats = layer(x_BSD, start_BS, position_BS, context)
+            x_BSD, layer_stats = layer(x_BSD, start_BS, position_BS, context, cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(x_BSD), tuple(stats)
+
+    def decode(self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext, cache: KeyValueCache) -> Tensor:
+        """Return the normed hidden states of a few tokens that follow those in `cache`."""
+        step = cache.step(start_BS)
+        for layer in self.layers:
+            x_BSD = layer.decode(x_BSD, step, context, cache)
+        return self.norm(x_BSD)
 
 
 class Transformer(nn.Module):
@@ -100,7 +108,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: a domain-routed model without `domain_B`, or ids that the registry does not know.
         """
-        groups = self._groups(domain_B)
+        groups = self.groups(domain_B)
         batch, length = token_BS.shape
         if sample_B is None:
             sample_B = torch.arange(batch, device=token_BS.device)
@@ -108,10 +116,9 @@ class Transformer(nn.Module):
         context = RoutingContext(token_BS=token_BS, groups=groups, index_T=index_T, training=training)
         if start_BS is None:
             start_BS = torch.zeros_like(token_BS)
-        x_BSD, stats = self.model(self._embed(token_BS, groups), start_BS, context)
+        x_BSD, stats = self.model(self.embed(token_BS, groups), start_BS, context)
         if label_BS is None:
-            parts = [linear(group.of(x_BSD), weight) for group, weight in self._heads(groups)]
-            return ModelOutput(logits_BSV=self._merge(groups, parts), loss_sum=None, loss_BS=None, stats=stats)
+            return ModelOutput(logits_BSV=self.logits(x_BSD, groups), loss_sum=None, loss_BS=None, stats=stats)
         losses = [
             linear_cross_entropy(group.of(x_BSD).flatten(0, 1), weight, group.of(label_BS).flatten())
             for group, weight in self._heads(groups)
@@ -120,7 +127,8 @@ class Transformer(nn.Module):
         loss_sum = torch.stack([loss for loss, _ in losses]).sum()
         return ModelOutput(logits_BSV=None, loss_sum=loss_sum, loss_BS=loss_BS, stats=stats)
 
-    def _groups(self, domain_B: Tensor | None) -> tuple[DomainGroup, ...]:
+    def groups(self, domain_B: Tensor | None) -> tuple[DomainGroup, ...]:
+        """Return the batch's sequences by domain; ValueError where the model needs domains, or knows no such id."""
         needed = self.config.num_slots > 1 or (self.config.router.name != "top_k" and self.config.sparse_layer_ids)
         if domain_B is None and needed:
             raise ValueError(f"this model routes by domain: give domain=, one of {', '.join(self.registry.names)}")
@@ -130,13 +138,57 @@ class Transformer(nn.Module):
                 raise ValueError(f"domain id {group.domain} is not one of this model's {len(self.registry.domains)}")
         return groups
 
-    def _embed(self, token_BS: Tensor, groups: tuple[DomainGroup, ...]) -> Tensor:
+    @torch.no_grad()
+    def extend(
+        self,
+        token_BS: Tensor,
+        cache: KeyValueCache,
+        *,
+        start_BS: Tensor | None = None,
+        domain_B: Tensor | None = None,
+    ) -> Tensor:
+        """Run the model on tokens that follow those in `cache`, and add them to it; no gradients, nothing counted.
+
+        Args:
+            token_BS: int64 token ids; into an empty cache a prompt, afterwards a few at a time.
+            cache: of this model's config, one sequence a row.
+            start_BS: int64 first position of each token's document, counted from the first token in the cache. Tokens
+                before it are out of sight: so prompts of different lengths are padded on the left. None: the document
+                that stands in the cache goes on.
+            domain_B: as for `forward`.
+
+        Returns:
+            The last tokens' logits `[B, V]`.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        groups = self.groups(domain_B)
+        cache.reserve(token_BS.shape[1])
+        if start_BS is None:
+            start_BS = cache.start_B[:, None].expand_as(token_BS)
+        context = RoutingContext(token_BS=token_BS, groups=groups, index_T=cache.start_B, training=None)
+        x_BSD = self.embed(token_BS, groups)
+        if cache.length == 0:
+            x_BSD, _ = self.model(x_BSD, start_BS, context, cache)
+        else:
+            x_BSD = self.model.decode(x_BSD, start_BS, context, cache)
+        cache.advance(start_BS)
+        parts = [linear_few(group.of(x_BSD)[:, -1], weight) for group, weight in self._heads(groups)]
+        return self._merge(groups, parts)
+
+    def embed(self, token_BS: Tensor, groups: tuple[DomainGroup, ...]) -> Tensor:
+        """Look the tokens up, each sequence in its domain's slot."""
         embedding = self.model.embed_tokens
         if self.config.num_slots == 1:
             return nn.functional.embedding(token_BS, embedding.of(0))
         slots = [self.registry.domains[group.domain].slot for group in groups]
         parts = [nn.functional.embedding(g.of(token_BS), embedding.of(slot)) for g, slot in zip(groups, slots)]
         return merge_groups(groups, parts)
+
+    def logits(self, x_BSD: Tensor, groups: tuple[DomainGroup, ...]) -> Tensor:
+        """Return `[B, S, V]` of the normed hidden states."""
+        return self._merge(groups, [linear(group.of(x_BSD), weight) for group, weight in self._heads(groups)])
 
     def _heads(self, groups: tuple[DomainGroup, ...]) -> list[tuple[DomainGroup, Tensor]]:
         """Return the groups that share a head product, with its weight."""

@@ -1,4 +1,4 @@
-"""Plain resolved config data -> frozen dataclasses, strictly: what is unknown, missing or of a wrong type is named."""
+"""Plain resolved config data <-> frozen dataclasses, strictly: what is unknown, missing or of a wrong type is named."""
 
 import dataclasses
 import sys
@@ -34,6 +34,20 @@ def from_mapping(cls: type[T], mapping: object, path: str = "") -> T:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path else str(error)) from error
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Return dataclass `config` as plain data that YAML and JSON can hold; `from_mapping` reads it back."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

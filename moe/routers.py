@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..kernels.gate import Gate, gate
+from ..kernels.gate import Gate, choose, gate
 from .balance import batch_balance_sum, sequence_balance_sum
 from .config import RouterConfig
 from .keyed import keyed_uniform, seed_of
@@ -36,12 +36,20 @@ class LearnedGate(nn.Module):
 
     def choose(self, x_BSD: Tensor, experts: Tensor | None) -> Gate:
         """Run the gate over `experts` alone (None: all), so that a submodel of them does the same arithmetic."""
+        logits_BSE, bias_E = self._logits(x_BSD, experts)
+        return gate(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=self.config.renormalize)
+
+    def choose_alone(self, x_BSD: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the gate's choices over `experts` and their weights, `[B, S, K]`, without sums and autograd."""
+        logits_BSE, bias_E = self._logits(x_BSD, experts)
+        return choose(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=self.config.renormalize)[:2]
+
+    def _logits(self, x_BSD: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight_ED, bias_E = self.weight.float(), self._buffers.get("e_score_correction_bias")
         if experts is not None:
             weight_ED = weight_ED[experts]
             bias_E = None if bias_E is None else bias_E[experts]
-        logits_BSE = nn.functional.linear(x_BSD, weight_ED)
-        return gate(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=self.config.renormalize)
+        return nn.functional.linear(x_BSD, weight_ED), bias_E
 
     def balance_sum(self, chosen: Gate, context: RoutingContext, group: int, experts: Tensor | None) -> Tensor:
         """Return the balance loss of the tokens that `chosen` routed, summed over them; 0 where it is not asked for."""
@@ -68,6 +76,10 @@ class TopKRouter(LearnedGate):
             num_experts=self.num_experts,
             capacity_B=_capacity(self.config, context, [self.num_experts] * x_BSD.shape[0], x_BSD.device),
         )
+
+    def choices(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return experts and weights `[B, S, K]` outside training, nothing counted, no autograd."""
+        return self.choose_alone(x_BSD.float(), None)
 
 
 class DomainTopKRouter(LearnedGate):
@@ -101,6 +113,16 @@ class DomainTopKRouter(LearnedGate):
             capacity_B=_capacity(self.config, context, _set_sizes(context, self.sets), x_BSD.device),
         )
 
+    def choices(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return experts and weights `[B, S, K]` outside training, nothing counted, no autograd."""
+        parts = []
+        for group in context.groups:
+            experts = torch.tensor(self.sets[group.domain], device=x_BSD.device)
+            place_BSK, weight_BSK = self.choose_alone(group.of(x_BSD).float(), experts)
+            parts.append((experts[place_BSK], weight_BSK))
+        expert_BSK, weight_BSK = (merge_groups(context.groups, [part[i] for part in parts]) for i in range(2))
+        return expert_BSK, weight_BSK
+
 
 class RandomRoutedExperts(nn.Module):
     """PanGu-Sigma's random routed experts: a fixed table over token ids inside the set; K 1, weight 1, no gate.
@@ -118,11 +140,7 @@ class RandomRoutedExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
         """Route every token by (domain, token id)."""
-        parts = []
-        for group in context.groups:
-            experts = torch.tensor(self.sets[group.domain], device=x_BSD.device)
-            parts.append(experts[self.route_table[group.domain].long()[group.of(context.token_BS)]])
-        expert_BS = merge_groups(context.groups, parts)
+        expert_BS = self._experts(context, x_BSD.device)
         count_BE = expert_BS.new_zeros(expert_BS.shape[0], self.num_experts)
         count_BE.scatter_add_(1, expert_BS, torch.ones_like(expert_BS))
         zero = torch.zeros((), device=x_BSD.device)
@@ -135,6 +153,18 @@ class RandomRoutedExperts(nn.Module):
             num_experts=self.num_experts,
             capacity_B=_capacity(self.config, context, _set_sizes(context, self.sets), x_BSD.device),
         )
+
+    def choices(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return experts and weights `[B, S, 1]`, nothing counted."""
+        expert_BS1 = self._experts(context, x_BSD.device).unsqueeze(-1)
+        return expert_BS1, torch.ones(expert_BS1.shape, device=x_BSD.device)
+
+    def _experts(self, context: RoutingContext, device: torch.device) -> Tensor:
+        parts = []
+        for group in context.groups:
+            experts = torch.tensor(self.sets[group.domain], device=device)
+            parts.append(experts[self.route_table[group.domain][group.of(context.token_BS)].long()])
+        return merge_groups(context.groups, parts)
 
 
 Router = TopKRouter | DomainTopKRouter | RandomRoutedExperts

@@ -1,6 +1,6 @@
 """Softmax top-k gate."""
 
-from .op import gate
+from .op import choose, gate
 from .reference import Gate
 
-__all__ = ["Gate", "gate"]
+__all__ = ["Gate", "choose", "gate"]

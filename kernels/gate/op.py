@@ -27,6 +27,22 @@ def gate(logits_BSE: torch.Tensor, top_k: int, *, bias_E: torch.Tensor | None = 
     return Gate(*_Gate.apply(logits_BSE.to(wide), top_k, bias_E, renormalize))  # type: ignore[no-untyped-call]
 
 
+def choose(
+    logits_BSE: torch.Tensor, top_k: int, *, bias_E: torch.Tensor | None = None, renormalize: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gate`'s expert_BSK and weight_BSK, and the probabilities [B, S, E] of fp32 logits, without autograd."""
+    prob_BSE = torch.softmax(logits_BSE, -1)
+    score_BSE = prob_BSE if bias_E is None else prob_BSE + bias_E
+    # topk leaves the order of ties open; a stable sort gives them to the lower id.
+    order_BSE = torch.sort(score_BSE, dim=-1, descending=True, stable=True).indices
+    expert_BSK = order_BSE[..., :top_k].contiguous()
+    # Renormalised probabilities are a softmax over the chosen logits, which cannot divide by a vanished sum.
+    weight_BSK = (
+        torch.softmax(logits_BSE.gather(-1, expert_BSK), -1) if renormalize else prob_BSE.gather(-1, expert_BSK)
+    )
+    return expert_BSK, weight_BSK, prob_BSE
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -34,15 +50,7 @@ class _Gate(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         B, _, E = logits_BSE.shape
         lse_BS = logits_BSE.logsumexp(-1)
-        prob_BSE = torch.softmax(logits_BSE, -1)
-        score_BSE = prob_BSE if bias_E is None else prob_BSE + bias_E
-        # topk leaves the order of ties open; a stable sort gives them to the lower id.
-        order_BSE = torch.sort(score_BSE, dim=-1, descending=True, stable=True).indices
-        expert_BSK = order_BSE[..., :top_k].contiguous()
-        # Renormalised probabilities are a softmax over the chosen logits, which cannot divide by a vanished sum.
-        weight_BSK = (
-            torch.softmax(logits_BSE.gather(-1, expert_BSK), -1) if renormalize else prob_BSE.gather(-1, expert_BSK)
-        )
+        expert_BSK, weight_BSK, prob_BSE = choose(logits_BSE, top_k, bias_E=bias_E, renormalize=renormalize)
         chosen_BN = expert_BSK.flatten(1)
         count_BE = chosen_BN.new_zeros(B, E).scatter_add_(1, chosen_BN, torch.ones_like(chosen_BN))
         ctx.save_for_backward(prob_BSE, lse_BS, expert_BSK, weight_BSK)

@@ -16,7 +16,7 @@ def product(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     Either may be the transposed view of a contiguous tensor; on a CPU in fp32 such an `a_MK` is copied first, so make
     the smaller one `a_MK` where there is a choice.
     """
-    if _uses_onednn(a_MK) and a_MK.numel() and b_NK.numel():
+    if uses_onednn(a_MK) and a_MK.numel() and b_NK.numel():
         out_MN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
         return out_MN
     return a_MK @ b_NK.t()
@@ -40,11 +40,12 @@ def padded_size(num_rows: int, like: torch.Tensor) -> int:
     oneDNN compiles code for each M, N and K that it meets (half a millisecond, half a megabyte) and keeps the last
     thousand. Rounded up to 64 rows, above 1024 to an eighth of a power of two, few sizes are left.
     """
-    if not _uses_onednn(like):
+    if not uses_onednn(like):
         return num_rows
     step = 16 if num_rows <= 64 else max(64, 1 << (num_rows.bit_length() - 4))
     return -(-num_rows // step) * step
 
 
-def _uses_onednn(x: torch.Tensor) -> bool:
+def uses_onednn(x: torch.Tensor) -> bool:
+    """Whether `product` of such tensors is oneDNN's."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

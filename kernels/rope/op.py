@@ -27,13 +27,32 @@ def rope(
     H, C = x_BSHC.shape[-2:]
     if C % 2:
         raise ValueError(f"rope: the head width must be even, not {C}")
-    wide = torch.promote_types(x_BSHC.dtype, torch.float32)
     if norm_weight is not None:
         x_BSHC = _norm(x_BSHC, norm_weight, eps, H, C)
+    return _Rotate.apply(x_BSHC, *rotation(position_BS, theta, C, x_BSHC.dtype))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rotation(position_BS: torch.Tensor, theta: float, C: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [B, S, 1, Z] of the angles for activations of `dtype`, which all layers may share."""
     # Angles are taken in fp32 at least and never in the activations' dtype: bf16 cannot tell position 256 from 257.
-    frequency_Z = theta ** (torch.arange(0, C, 2, dtype=wide, device=x_BSHC.device) / -C)
+    wide = torch.promote_types(dtype, torch.float32)
+    frequency_Z = theta ** (torch.arange(0, C, 2, dtype=wide, device=position_BS.device) / -C)
     angle_BS1Z = (position_BS[..., None] * frequency_Z)[:, :, None]
-    return _Rotate.apply(x_BSHC, angle_BS1Z.cos(), angle_BS1Z.sin())  # type: ignore[no-any-return, no-untyped-call]
+    return angle_BS1Z.cos(), angle_BS1Z.sin()
+
+
+def rotate(
+    x_BSHC: torch.Tensor,
+    cos_BS1Z: torch.Tensor,
+    sin_BS1Z: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """`rope` without autograd, by the cosine and sine of `rotation`."""
+    if norm_weight is not None:
+        x_BSHC = _norm(x_BSHC, norm_weight, eps, *x_BSHC.shape[-2:])
+    return _rotate(x_BSHC, cos_BS1Z, sin_BS1Z, 1.0)
 
 
 def _norm(x_BSHC: torch.Tensor, weight: torch.Tensor, eps: float, H: int, C: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """SwiGLU activation."""
 
-from .op import swiglu
+from .op import swiglu, swiglu_forward
 
-__all__ = ["swiglu"]
+__all__ = ["swiglu", "swiglu_forward"]

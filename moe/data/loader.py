@@ -36,26 +36,10 @@ class BatchLoader:
         return _to_batch(arrays, domain_B, np.arange(indices.start, indices.stop))
 
     def heldout_batches(self, domain: str, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yield the held-out documents of `domain` in the order of the file, each token once; all batches are full.
-
-        With `max_tokens` only the first so many tokens of the split are read. What is left of the last batch is
-        padding: padding ids, IGNORED labels, `start_BS` where the padding begins. `sample_B` counts sequences from 0.
-        """
-        documents = self.dataset.domain(domain).heldout
-        order = file_order(documents)
-        size = self.sequence_length
-        limit = documents.num_tokens if max_tokens is None else min(max_tokens, documents.num_tokens)
-        sequences = -(-limit // size)
-        for first in range(0, sequences, batch_size):
-            arrays = _empty_rows(batch_size, size)
-            for row in range(batch_size):
-                rows, begin = Rows(*(array[row] for array in arrays)), (first + row) * size
-                count = min(pack(documents, order, begin, rows), limit - begin) if begin < limit else 0
-                rows.token_S[count:] = self.dataset.padding
-                rows.label_S[count:] = IGNORED
-                rows.start_S[count:] = count
-            domain_B = np.full(batch_size, self.dataset.domain(domain).id, np.int64)
-            yield _to_batch(arrays, domain_B, np.arange(first, first + batch_size))
+        """Yield the held-out documents of `domain`; see the function `heldout_batches`."""
+        return heldout_batches(
+            self.dataset, domain, batch_size=batch_size, sequence_length=self.sequence_length, max_tokens=max_tokens
+        )
 
     def tokens_seen(self, consumed_samples: int) -> dict[str, int]:
         """Return the training tokens of each domain in the first `consumed_samples` samples."""
@@ -66,6 +50,30 @@ class BatchLoader:
         """Return how often each domain's training split has been read after `consumed_samples` samples."""
         seen = self.tokens_seen(consumed_samples)
         return {name: tokens / self.dataset.domain(name).train.num_tokens for name, tokens in seen.items()}
+
+
+def heldout_batches(
+    dataset: Dataset, domain: str, *, batch_size: int, sequence_length: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Yield the held-out documents of `domain` in the order of the file, each token once; all batches are full.
+
+    With `max_tokens` only the first so many tokens of the split are read. What is left of the last batch is
+    padding: padding ids, IGNORED labels, `start_BS` where the padding begins. `sample_B` counts sequences from 0.
+    """
+    documents, size = dataset.domain(domain).heldout, sequence_length
+    order = file_order(documents)
+    limit = documents.num_tokens if max_tokens is None else min(max_tokens, documents.num_tokens)
+    sequences = -(-limit // size)
+    for first in range(0, sequences, batch_size):
+        arrays = _empty_rows(batch_size, size)
+        for row in range(batch_size):
+            rows, begin = Rows(*(array[row] for array in arrays)), (first + row) * size
+            count = min(pack(documents, order, begin, rows), limit - begin) if begin < limit else 0
+            rows.token_S[count:] = dataset.padding
+            rows.label_S[count:] = IGNORED
+            rows.start_S[count:] = count
+        domain_B = np.full(batch_size, dataset.domain(domain).id, np.int64)
+        yield _to_batch(arrays, domain_B, np.arange(first, first + batch_size))
 
 
 def _empty_rows(batch_size: int, size: int) -> Rows:

@@ -54,13 +54,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Open tokenizer.json. The text of a special token inside a document is encoded as ordinary bytes."""
+    """Open tokenizer.json; see `parse_tokenizer`."""
     try:
-        return _literal(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        return parse_tokenizer(path.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_tokenizer(data: bytes, name: str) -> Tokenizer:
+    """Read a tokenizer, which errors call `name`. The text of a special token in a document is ordinary bytes."""
+    try:
+        return _literal(Tokenizer.from_str(data.decode("utf-8")))
     except Exception as error:  # the library raises plain Exception for a malformed file
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+        raise ValueError(f"{name} is no tokenizer: {error}") from error
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[EncodedDocuments]:

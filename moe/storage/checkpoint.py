@@ -9,7 +9,7 @@ with one that does not match, a directory is no checkpoint.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,22 @@ def write_checkpoint(path: Path, content: CheckpointContent, *, replace: bool = 
     Raises ValueError where `path` exists (unless `replace`), WriteError where the disk refuses.
     """
     with durable_directory(path, replace=replace) as directory:
-        write_tensors(directory, "model", "model", content.model)
-        if content.hf_config is not None:
-            directory.write("model/config.json", _json(content.hf_config))
-        if content.optimizer:
-            write_tensors(directory, "optimizer", "optimizer", content.optimizer)
-        directory.write("state.json", _json(content.state))
-        directory.write("config.yaml", yaml.safe_dump(dict(content.config), sort_keys=False).encode())
-        directory.write("registry.json", _json(content.registry))
-        if content.tokenizer is not None:
-            directory.write("tokenizer.json", content.tokenizer)
-        _write_manifest(directory, content)
+        write_content(directory, content)
+        write_manifest(directory, content.model)
+
+
+def write_content(directory: DurableDirectory, content: CheckpointContent) -> None:
+    """Write all of a checkpoint but the manifest."""
+    write_tensors(directory, "model", "model", content.model)
+    if content.hf_config is not None:
+        directory.write("model/config.json", encode_json(content.hf_config))
+    if content.optimizer:
+        write_tensors(directory, "optimizer", "optimizer", content.optimizer)
+    directory.write("state.json", encode_json(content.state))
+    directory.write("config.yaml", yaml.safe_dump(dict(content.config), sort_keys=False).encode())
+    directory.write("registry.json", encode_json(content.registry))
+    if content.tokenizer is not None:
+        directory.write("tokenizer.json", content.tokenizer)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -115,20 +120,29 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     return manifest
 
 
-def verify_files(path: Path, manifest: Mapping[str, Any], progress: Callable[[int, int], None]) -> None:
-    """Compare every file with the manifest; ValueError names the first that is missing, foreign or differs."""
-    files = manifest["files"]
+def verify_files(
+    path: Path,
+    manifest: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+    *,
+    only: Iterable[str] | None = None,
+) -> None:
+    """Compare every file with the manifest, or those named in `only`; ValueError names the first that differs.
+
+    It may be missing, foreign to the manifest, or of another size or hash.
+    """
     present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
-    for name in sorted(present - set(files)):
+    for name in sorted((present if only is None else set(only)) - set(manifest["files"])):
         raise ValueError(f"{path / name} is not in the manifest: it was added after the checkpoint was written")
-    done, total = 0, sum(record["size"] for record in files.values())
+    records = {name: manifest["files"][name] for name in sorted(manifest["files"] if only is None else only)}
+    done, total = 0, sum(record["size"] for record in records.values())
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
         progress(done, total)
 
-    for name, record in sorted(files.items()):
+    for name, record in records.items():
         file = path / name
         if not file.is_file() or file.is_symlink():
             raise ValueError(f"{file} is missing, or is no file but a link")
@@ -175,8 +189,9 @@ def load_yaml(path: Path) -> object:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def _write_manifest(directory: DurableDirectory, content: CheckpointContent) -> None:
-    experts = {expert for expert in map(expert_of, content.model) if expert is not None}
+def write_manifest(directory: DurableDirectory, names: Iterable[str]) -> None:
+    """Write the manifest, the last file: every file written before, and the experts among the tensors' `names`."""
+    experts = {expert for expert in map(expert_of, names) if expert is not None}
     files = {name: {"size": record.size, "sha256": record.sha256} for name, record in sorted(directory.records.items())}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -186,15 +201,16 @@ def _write_manifest(directory: DurableDirectory, content: CheckpointContent) -> 
     directory.write(MANIFEST, encode_manifest(manifest))
 
 
+def encode_json(data: Mapping[str, Any]) -> bytes:
+    """Return a JSON file of the house: indented, UTF-8, no NaN."""
+    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     """Return the manifest's file: its last key is the SHA-256 of the same text without that key."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(content, indent=1).encode()
     return json.dumps({**content, "sha256": hashlib.sha256(text).hexdigest()}, indent=1).encode() + b"\n"
-
-
-def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _read(path: Path) -> bytes:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,15 @@ class TensorReader:
         """The dtype of one tensor."""
         return self._find(name)[1].dtype
 
+    def num_bytes(self, name: str) -> int:
+        """The size of one tensor's data."""
+        extent = self._find(name)[1]
+        return extent.end - extent.begin
+
+    def file(self, name: str) -> Path:
+        """The file that one tensor lies in."""
+        return self._find(name)[0]
+
     def read(self, name: str) -> Tensor:
         """One whole tensor, in host memory."""
         return self.read_slice(name, ())
@@ -58,6 +67,22 @@ class TensorReader:
         if result.numel():
             _fill(result, ranges, path, extent)
         return result
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Read one whole tensor into `target`, contiguous, in host memory, of its shape; other dtypes are converted."""
+        path, extent = self._find(name)
+        if tuple(target.shape) != extent.shape:
+            raise ValueError(f"tensor {name!r} is {list(extent.shape)}, the place for it {list(target.shape)}")
+        if target.dtype != extent.dtype:
+            target.copy_(self.read(name))
+        elif target.numel():
+            _fill(target, [range(dim) for dim in extent.shape], path, extent)
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorReader":
+        """Return a reader of the same files that knows tensors by the keys of `names`, each stored as its value."""
+        reader = object.__new__(TensorReader)
+        reader._extents = {new: self._find(old) for new, old in names.items()}
+        return reader
 
     def _find(self, name: str) -> tuple[Path, Extent]:
         try:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ def write_tensors(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `folder/stem-0000i-of-0000N.safetensors` and the index that transformers reads.
+    """Write `folder/stem-0000i-of-0000N.safetensors` and the index that transformers reads; folder may be ".".
 
     Raises ValueError for a name or dtype that the format lacks, or a tensor that is not what it was declared to be.
     """
@@ -99,14 +100,14 @@ def write_tensors(
     files = plan_files(stem, tensors, max_file_bytes=max_file_bytes)
     for file in files:
         write_tensor_file(directory, folder, file, tensors)
-    directory.write(f"{folder}/{stem}.safetensors.index.json", encode_index(files, tensors))
+    directory.write(_inside(folder, f"{stem}.safetensors.index.json"), encode_index(files, tensors))
 
 
 def write_tensor_file(
     directory: DurableDirectory, folder: str, file: TensorFile, tensors: Mapping[str, NamedTensor]
 ) -> None:
     """Write one planned file."""
-    with directory.open(f"{folder}/{file.name}") as writer:
+    with directory.open(_inside(folder, file.name)) as writer:
         writer.write(encode_header({name: (tensors[name].shape, tensors[name].dtype) for name in file.tensors}))
         for name in file.tensors:
             for piece in _pieces(_read(name, tensors[name])):
@@ -121,6 +122,10 @@ def encode_index(files: tuple[TensorFile, ...], tensors: Mapping[str, NamedTenso
         "weight_map": {name: place[name] for name in sorted(place, key=natural_order)},
     }
     return json.dumps(index, indent=2).encode() + b"\n"
+
+
+def _inside(folder: str, name: str) -> str:
+    return PurePosixPath(folder, name).as_posix()
 
 
 def _check(name: str, tensor: NamedTensor) -> None:

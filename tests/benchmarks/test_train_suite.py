@@ -69,7 +69,7 @@ def test_a_worker_that_fails_says_why():
     )
     pytest.importorskip("transformers")
     with pytest.raises(OSError, match=r"measuring no such implementation failed: .*no such implementation"):
-        Worker(request)
+        Worker("train_worker", request, WorkerAnswer)
 
 
 @pytest.mark.parametrize(

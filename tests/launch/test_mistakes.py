@@ -35,7 +35,8 @@ MISTAKES = {
     "global_batch=100000000000": "do not fit into one forward pass",
     "sequence_length=1000000000": "do not fit into one forward pass",
     "device=tpu": "device must be one of auto, cpu, cuda",
-    "model=giant": "unknown choice model=giant; sigmoe's choices: small, tiny",
+    "model=giant": "unknown choice model=giant; sigmoe's choices: glam_64b_64e, mixtral_8x7b, olmoe_1b_7b, "
+    "pangu_sigma, qwen3_30b_a3b, small, switch_base_128, tiny",
     "experiment=foo": "unknown choice experiment=foo; sigmoe's choices: none, quickstart",
     "router.name=switch": "train: router.name must be one of top_k, domain_top_k, rre",
     "router=rre router.top_k=2": "top_k must be 1",

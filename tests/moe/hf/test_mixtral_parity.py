@@ -253,7 +253,6 @@ def test_every_setting_arrives_in_their_config(tmp_path):
         {"router": RouterConfig(name="domain_top_k", sets={"a": ((0, 1), (0, 1, 2), (0, 1)), "b": (0, 1)})},
         {"qk_norm": "head"},
         {"sparse_layers": "upper:2"},
-        {"sparse_layers": "none"},
         {"embedding_slots": {"b": 1}},
     ],
 )

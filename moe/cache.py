@@ -1,0 +1,89 @@
+"""The keys and values that a model keeps of the tokens it has seen.
+
+Shape letters: L layers, B sequences, S new positions, J positions, G key/value heads, C head width, Z = C/2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.attention import cached_bias
+from ..kernels.rope import rotation
+from .config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedStep:
+    """What all layers share in a pass of new tokens over a cache that holds some already."""
+
+    cos_BS1Z: Tensor
+    sin_BS1Z: Tensor
+    first: int  # the earliest position that any query sees
+    bias_B1SJ: Tensor | None  # over the positions from `first` on; None: every query sees all of them
+
+
+class KeyValueCache:
+    """Keys and values `[B, G, J, C]` of every layer, memory for `capacity` positions taken at once; full, it doubles.
+
+    `length` positions are filled, the same for every sequence: sequences of different lengths are padded on the left,
+    and `start_B` is the first position of the document that each sequence ends in.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config, self.capacity, self.length = config, capacity, 0
+        self.start_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        shape = (config.num_layers, 2, batch, config.num_kv_heads, capacity, config.head_width)
+        self._layers = list(torch.empty(shape, device=device, dtype=dtype).unbind())
+
+    def store(self, layer: int, k_BSGC: Tensor, v_BSGC: Tensor) -> None:
+        """Put the new positions of one layer behind the filled ones; `advance` counts them after the last layer."""
+        places = slice(self.length, self.length + k_BSGC.shape[1])
+        self._layers[layer][0][:, :, places] = k_BSGC.transpose(1, 2)
+        self._layers[layer][1][:, :, places] = v_BSGC.transpose(1, 2)
+
+    def stored(self, layer: int, first: int, num_new: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer from position `first` to the end of the `num_new` new ones."""
+        k_BGJC, v_BGJC = self._layers[layer][:, :, :, first : self.length + num_new]
+        return k_BGJC, v_BGJC
+
+    def reserve(self, num_new: int) -> None:
+        """Make room for `num_new` positions behind the filled ones."""
+        if self.length + num_new > self.capacity:
+            self.capacity = max(2 * self.capacity, self.length + num_new)
+            self._copy(slice(None))
+
+    def step(self, start_BS: Tensor) -> CachedStep:
+        """Return what the layers share in a pass of the tokens whose documents begin at `start_BS`."""
+        config, num_new = self.config, start_BS.shape[1]
+        window, dtype = config.sliding_window, self._layers[0].dtype
+        first = 0 if window is None else max(0, self.length - window + 1)
+        position_BS = torch.arange(self.length, self.length + num_new, device=start_BS.device) - start_BS
+        cos_BS1Z, sin_BS1Z = rotation(position_BS, config.rope_theta, config.head_width, dtype)
+        bias_B1SJ = cached_bias(start_BS, first, self.length + num_new - first, window, dtype)
+        return CachedStep(cos_BS1Z=cos_BS1Z, sin_BS1Z=sin_BS1Z, first=first, bias_B1SJ=bias_B1SJ)
+
+    def advance(self, start_BS: Tensor) -> None:
+        """Count the new positions, whose documents begin at `start_BS`, as filled."""
+        self.length += start_BS.shape[1]
+        self.start_B = start_BS[:, -1]
+
+    def keep(self, row_B: Tensor) -> None:
+        """Keep the sequences `row_B` alone, in that order."""
+        self.start_B = self.start_B[row_B]
+        self._copy(row_B)
+
+    def _copy(self, rows: Tensor | slice) -> None:
+        filled = slice(self.length)
+        for layer, both in enumerate(self._layers):
+            kept = both[:, rows, :, filled]
+            self._layers[layer] = both.new_empty(*kept.shape[:3], self.capacity, kept.shape[-1])
+            self._layers[layer][:, :, :, filled] = kept

@@ -1,0 +1,20 @@
+"""Exact extraction: the submodel of some domains, cut out of a model tensor by tensor and proved equal to it."""
+
+from .plan import Piece, Submodel, plan_submodel
+from .report import describe, identity
+from .verify import DomainCheck, verify_domain, verify_tensors
+from .write import Extraction, formula_bytes, write_submodel
+
+__all__ = [
+    "DomainCheck",
+    "Extraction",
+    "Piece",
+    "Submodel",
+    "describe",
+    "formula_bytes",
+    "identity",
+    "plan_submodel",
+    "verify_domain",
+    "verify_tensors",
+    "write_submodel",
+]

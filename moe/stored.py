@@ -1,0 +1,155 @@
+"""Models as they lie on disk, in whatever format: opened without reading a weight, loaded whole when asked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .canonical import canonical_tensors, expected_shapes
+from .config import ModelConfig
+from .domains import DomainRegistry
+from .hf.names import hf_name
+from .hf.read import model_config
+from .model import Transformer
+from .parsing import from_mapping
+from .storage.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from .storage.tensor_format import load_json
+from .storage.tensor_reader import TensorReader
+
+EXTRACTION = "extraction.json"
+ANY_DOMAIN = "any"  # the only domain of a model whose maker gave it none
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model on disk. `tensors` has canonical names; `tokenizer` is the content of tokenizer.json."""
+
+    path: Path
+    format: str  # sigmoe, or one of transformers' model types
+    config: ModelConfig
+    registry: DomainRegistry
+    tensors: TensorReader
+    tokenizer: bytes | None
+    sequence_length: int | None  # what it was trained on, in tokens
+    step: int | None  # of its training
+
+    @property
+    def needs_domain(self) -> bool:
+        """Whether it computes differently for different domains, of which it has several."""
+        routed = self.config.router.name != "top_k" and bool(self.config.sparse_layer_ids)
+        return len(self.registry.domains) > 1 and (routed or self.config.num_slots > 1)
+
+
+def open_model(path: Path) -> StoredModel:
+    """Open a checkpoint, a submodel, or a directory of transformers'; ValueError in one line where it is none."""
+    if (path / "config.json").is_file():
+        return _open_hf(path)
+    if (path / MANIFEST).is_file():
+        return _of_checkpoint(open_checkpoint(path))
+    state = f"holds neither {MANIFEST} (sigmoe) nor config.json (transformers)" if path.is_dir() else "does not exist"
+    raise ValueError(f"{path} is no model: it {state}")
+
+
+def open_unfinished(path: Path) -> StoredModel:
+    """Open a model that is being written: all but its manifest is there."""
+    return _open_hf(path) if (path / "config.json").is_file() else _of_checkpoint(Checkpoint(path, {}))
+
+
+def load_model(
+    stored: StoredModel, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """Read the whole model, parameters rounded to `dtype`; for inference, without gradients."""
+    with torch.device("meta"):
+        model = Transformer(stored.config, stored.registry)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    for name, tensor in canonical_tensors(model).items():
+        tensor.copy_(stored.tensors.read(name))
+    return model
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> StoredModel:
+    path = checkpoint.path
+    try:
+        config = from_mapping(ModelConfig, checkpoint.config.get("model"), "model")
+        registry = DomainRegistry.from_json(checkpoint.registry)
+        tensors = _checked(checkpoint.model, config, registry, "sigmoe")
+    except ValueError as error:
+        raise ValueError(f"{path}: config.yaml, registry.json and model/ describe no model: {error}") from error
+    length, step = checkpoint.config.get("sequence_length"), checkpoint.state.get("step")
+    return StoredModel(
+        path=path,
+        format="sigmoe",
+        config=config,
+        registry=registry,
+        tensors=tensors,
+        tokenizer=checkpoint.tokenizer,
+        sequence_length=length if isinstance(length, int) else None,
+        step=step if isinstance(step, int) else None,
+    )
+
+
+def _open_hf(path: Path) -> StoredModel:
+    data = read_json(path / "config.json")
+    try:
+        format, config = model_config(data)
+        registry = config.build_registry(_domains(path))
+        tensors = _checked(TensorReader(path, "model"), config, registry, format)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    tokenizer = path / "tokenizer.json"
+    if not tokenizer.is_file() and path.name == "model":  # of a checkpoint, which has it one level up
+        tokenizer = path.parent / "tokenizer.json"
+    length = data.get("max_position_embeddings")
+    return StoredModel(
+        path=path,
+        format=format,
+        config=config,
+        registry=registry,
+        tensors=tensors,
+        tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
+        sequence_length=length if isinstance(length, int) else None,
+        step=None,
+    )
+
+
+def _checked(tensors: TensorReader, config: ModelConfig, registry: DomainRegistry, format: str) -> TensorReader:
+    """Return `tensors` under canonical names, after every name and shape was compared with the config."""
+    names = {}
+    held = set(tensors.names())
+    for name, shape in expected_shapes(config, registry).items():
+        stored = name if format == "sigmoe" else hf_name(format, name)
+        if stored not in held:
+            raise ValueError(f"the weights lack {stored}, which the config wants")
+        if tensors.shape(stored) != shape:
+            raise ValueError(f"{stored} is {list(tensors.shape(stored))}, the config says {list(shape)}")
+        names[name] = stored
+    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+    for stored in sorted(held - set(names.values()) - ignored):
+        raise ValueError(f"the weights hold {stored}, which the config does not know")
+    return tensors.renamed(names)
+
+
+def _domains(path: Path) -> tuple[str, ...]:
+    """The domains that a submodel was cut out for, as `extract` noted beside it; a dense one may have several."""
+    if not (path / EXTRACTION).is_file():
+        return (ANY_DOMAIN,)
+    domains = read_json(path / EXTRACTION).get("domains")
+    if not isinstance(domains, list) or not domains or not all(isinstance(name, str) for name in domains):
+        raise ValueError(f"{EXTRACTION} names no domain: it is damaged")
+    return tuple(domains)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the group of keys in a JSON file; ValueError in one line where it is damaged."""
+    try:
+        data = load_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged: it holds no group of keys")
+    return data
