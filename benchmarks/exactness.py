@@ -90,7 +90,7 @@ def run_suite(settings: ExactnessSettings, progress: Progress = no_progress) -> 
                 progress("domains cut out", len(outcomes), total)
     return BenchTable(
         title="Exact extraction: submodel against parent",
-        columns=("router", "sets", "domain", "format", "tokens", "max |difference|", "bytes over formula", "seconds"),
+        columns=("router", "sets", "domain", "format", "tokens", "largest difference", "bytes over formula", "seconds"),
         rows=tuple(_row(outcome) for outcome in outcomes),
         notes=_notes(settings, dataset, outcomes),
         machine=describe(("torch",)) | {"threads used": str(settings.threads)},

@@ -160,7 +160,7 @@ def _notes(settings: GenerateBenchSettings) -> tuple[str, ...]:
         f"prompts of {settings.shortest} to {settings.longest} tokens (padded on the left), {settings.new_tokens} new "
         "tokens each, greedy, no end-of-text; the same files, and every text the same token for token",
         f"a process a contender, {settings.rounds} alternating rounds of a run after {settings.warmup} to warm up, "
-        "medians; a run is prompts and new tokens; `ms a token`: of the batch; `sigmoe is`: median of the ratios inside "
+        "medians; a run is prompts and new tokens; `ms a token`: of all texts; `sigmoe is`: median of the ratios in "
         "each round",
     )
 

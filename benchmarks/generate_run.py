@@ -44,5 +44,6 @@ def build_run(contender: str, shape: GenerateShape) -> Callable[[], Texts]:
 
 def _sigmoe_run(shape: GenerateShape) -> Callable[[], Texts]:
     model, prompts = load_model(open_model(Path(shape.folder))), shape.prompts()
-    config = GenerationConfig(max_tokens=shape.new_tokens, batch_size=shape.batch)
+    model.pack()
+    config = GenerationConfig(max_tokens=shape.new_tokens, batch=shape.batch)
     return lambda: generate(model, prompts, config, domain_ids=[0] * shape.batch)

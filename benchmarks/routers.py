@@ -155,8 +155,8 @@ def _notes(
         "are told each sequence's domain, top_k is not",
         "exact submodel: what `sigmoe extract` cuts out for one domain; top_k's experts belong to no domain, so "
         "nothing can be cut out exactly; of the dense model it is the whole",
-        "busiest expert over the mean: routed rows over the whole run, mean over layers; seconds: one run at a time, "
-        "information only",
+        "busiest expert over the mean: routed rows over the whole run, mean over layers; seconds: tokens over the "
+        "median speed of the logged steps, one run at a time, for information",
     )
 
 

@@ -141,10 +141,10 @@ def _batch_losses(
         if isinstance(route, int):
             losses.append(under(route))
             continue
-        domain_BS = torch.from_numpy(route[np.minimum(document_BS, len(route) - 1)]).to(here.token_BS.device)
-        loss_BS = torch.zeros(domain_BS.shape, device=domain_BS.device)
-        for domain in domain_BS.unique().tolist():
-            loss_BS = torch.where(domain_BS == domain, under(domain), loss_BS)
+        domain_BS = route[np.minimum(document_BS, len(route) - 1)]
+        loss_BS = torch.zeros(domain_BS.shape, device=here.token_BS.device)
+        for domain in np.unique(domain_BS).tolist():
+            loss_BS = torch.where(torch.from_numpy(domain_BS == domain).to(loss_BS.device), under(domain), loss_BS)
         losses.append(loss_BS)
     return losses
 

@@ -18,6 +18,7 @@ from ..moe.extract import (
     describe,
     identity,
     plan_submodel,
+    planned_bytes,
     verify_domain,
     verify_tensors,
     write_submodel,
@@ -87,7 +88,7 @@ def run(config: Mapping[str, object]) -> None:
         _require_transformers(command, submodel)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
-    require_space(out.parent, sum(parent.tensors.num_bytes(p.source) for p in submodel.pieces.values()) + _MARGIN)
+    require_space(out.parent, planned_bytes(parent, submodel, command.rounding) + _MARGIN)
     if command.check:
         _check_parent(parent, submodel)
     with durable_directory(out) as directory:
@@ -177,6 +178,11 @@ def _dataset(command: ExtractCommand, parent: StoredModel) -> Dataset:
     dataset = open_dataset(Path(path).expanduser())
     if dataset.tokenizer_path.read_bytes() != parent.tokenizer:
         raise ValueError(f"dataset {path} has another tokenizer than {parent.path}: give the one it was trained on")
+    if dataset.vocab_size > parent.config.vocab_size:
+        raise ValueError(
+            f"dataset {path} has ids up to {dataset.vocab_size - 1}, the model's vocabulary is "
+            f"{parent.config.vocab_size}: give the dataset it was trained on"
+        )
     for name in command.domains:
         tokens = dataset.domain(name).heldout.num_tokens
         if tokens < command.verify:

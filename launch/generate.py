@@ -50,8 +50,8 @@ class GenerateCommand:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or (self.threads is not None and self.threads < 1):
-            raise ValueError(f"batch and threads must be at least 1, got {self.batch} and {self.threads}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.out is not None and Path(self.out).expanduser().is_dir():
             raise ValueError(f"out={self.out} is a folder: give a file in it")
         assert self.generation  # validates
@@ -65,7 +65,7 @@ class GenerateCommand:
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            batch_size=self.batch,
+            batch=self.batch,
         )
 
 
@@ -102,6 +102,7 @@ def run(config: Mapping[str, object]) -> None:
     model = load_model(stored, device=device, dtype=dtype)
     domain_ids = choose(command, stored, model, prompts)
     names = [None] * len(texts) if domain_ids is None else [stored.registry.names[id] for id in domain_ids]
+    model.pack()
     streams = command.stream and len(texts) == 1 and command.out is None
     tokens = continue_prompts(command, stored, tokenizer, model, prompts, domain_ids, streams=streams)
     done = [

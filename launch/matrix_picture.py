@@ -27,15 +27,12 @@ def draw_matrix(rows: Sequence[str], columns: Sequence[str], values: Sequence[Se
     # Letters are drawn as paths, but for scripts that the font lacks, which are left to whoever shows the picture.
     font = FT2Font(findfont(FontProperties(family=_FONT)))
     drawn = all(font.get_char_index(ord(character)) for name in (*rows, *columns) for character in name)
-    settings = {
-        "svg.hashsalt": "sigmoe",
-        "svg.fonttype": "path" if drawn else "none",
-        "font.family": _FONT,
-        "text.parse_math": False,
-    }
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
+        matplotlib.rcParams["svg.hashsalt"] = "sigmoe"
+        matplotlib.rcParams["svg.fonttype"] = "path" if drawn else "none"
+        matplotlib.rcParams["font.family"] = _FONT
+        matplotlib.rcParams["text.parse_math"] = False
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         return _svg(_figure(rows, columns, values))
 
@@ -49,11 +46,10 @@ def _figure(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequen
         for x, value in enumerate(row):
             share = _paleness(value, best[x])
             colour = tuple((a + (b - a) * share) / 255 for a, b in zip(_BEST, _WORST))
-            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=1))
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", clip_on=False))
             text = f"{value:.3f}" if math.isfinite(value) else "-"
-            weight = "bold" if value == best[x] else "normal"
             ink = "white" if share < 0.45 else _INK
-            axes.text(x + 0.5, y + 0.5, text, color=ink, weight=weight, size=9, ha="center", va="center")
+            axes.text(x + 0.5, y + 0.5, text, color=ink, size=9, ha="center", va="center")
     axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, size=9, color=_INK)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], rows, size=9, color=_INK)
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)

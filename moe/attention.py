@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import attention, cached_attention
-from ..kernels.linear import linear, linear_few
+from ..kernels.linear import linear, linear_forward, packed
 from ..kernels.rope import rope, rotate
-from .cache import CachedStep, KeyValueCache
+from .cache import CacheStep, KeyValueCache
 from .config import ModelConfig
 
 
@@ -36,11 +36,10 @@ class SelfAttention(nn.Module):
             per_head = config.qk_norm == "head"
             self.q_norm = QKNorm(config.head_width if per_head else queries)
             self.k_norm = QKNorm(config.head_width if per_head else keys)
+        self.qkv: Tensor | None = None  # the first three weights in one, once they are packed
 
-    def forward(
-        self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """Attend from every token to those of its document at or before it; keep keys and values in an empty cache."""
+    def forward(self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor) -> Tensor:
+        """Attend from every token to those of its document at or before it."""
         batch, length, _ = x_BSD.shape
         config, c = self.config, self.config.head_width
         q_BSHC = linear(x_BSD, self.q_proj.weight).view(batch, length, config.num_heads, c)
@@ -49,25 +48,43 @@ class SelfAttention(nn.Module):
         q_norm, k_norm = self._norms()
         q_BSHC = rope(q_BSHC, position_BS, config.rope_theta, norm_weight=q_norm, eps=config.norm_eps)
         k_BSGC = rope(k_BSGC, position_BS, config.rope_theta, norm_weight=k_norm, eps=config.norm_eps)
-        if cache is not None:
-            cache.store(self.layer, k_BSGC, v_BSGC)
         out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, start_BS, window=config.sliding_window)
         return linear(out_BSHC.reshape(batch, length, config.num_heads * c), self.o_proj.weight)
 
-    def decode(self, x_BSD: Tensor, step: CachedStep, cache: KeyValueCache) -> Tensor:
-        """Attend from a few new tokens to those of their documents in `cache` and themselves; no autograd."""
-        config, shape = self.config, (*x_BSD.shape[:2], -1, self.config.head_width)
-        x_TD = x_BSD.flatten(0, 1)
-        q_norm, k_norm = self._norms()
-        q_BSHC = linear_few(x_TD, self.q_proj.weight).view(shape)
-        k_BSGC = linear_few(x_TD, self.k_proj.weight).view(shape)
-        v_BSGC = linear_few(x_TD, self.v_proj.weight).view(shape)
-        q_BSHC = rotate(q_BSHC, step.cos_BS1Z, step.sin_BS1Z, norm_weight=q_norm, eps=config.norm_eps)
-        k_BSGC = rotate(k_BSGC, step.cos_BS1Z, step.sin_BS1Z, norm_weight=k_norm, eps=config.norm_eps)
+    def extend(self, x_BSD: Tensor, step: CacheStep, cache: KeyValueCache) -> Tensor:
+        """Attend from new tokens to those of their documents in `cache` and among themselves; no autograd."""
+        config, (batch, length, _) = self.config, x_BSD.shape
+        heads = (config.num_heads, config.num_kv_heads)
+        qkv_BSHC = self._project(x_BSD.flatten(0, 1)).view(batch, length, -1, config.head_width)
+        v_BSGC = qkv_BSHC[:, :, sum(heads) :]
+        qk_BSHC = qkv_BSHC[:, :, : sum(heads)]
+        if config.qk_norm == "none":
+            q_BSHC, k_BSGC = rotate(qk_BSHC, step.cos_BS1Z, step.sin_BS1Z).split(heads, dim=2)
+        else:
+            q_BSHC, k_BSGC = (
+                rotate(x_BSHC, step.cos_BS1Z, step.sin_BS1Z, norm_weight=norm, eps=config.norm_eps)
+                for x_BSHC, norm in zip(qk_BSHC.split(heads, dim=2), self._norms())
+            )
         cache.store(self.layer, k_BSGC, v_BSGC)
-        k_BGJC, v_BGJC = cache.stored(self.layer, step.first, x_BSD.shape[1])
-        out_BSHC = cached_attention(q_BSHC, k_BGJC, v_BGJC, step.bias_B1SJ)
-        return linear_few(out_BSHC.reshape(len(x_TD), -1), self.o_proj.weight).view_as(x_BSD)
+        if step.first is None:
+            out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, step.start_BS, window=config.sliding_window)
+        else:
+            out_BSHC = cached_attention(q_BSHC, *cache.stored(self.layer, step.first, length), step.bias_B1SJ)
+        return linear_forward(out_BSHC.reshape(batch * length, -1), self.o_proj.weight).view_as(x_BSD)
+
+    def pack(self) -> None:
+        """Make the weights good for `extend` alone, and faster there."""
+        self.qkv = packed(torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).detach())
+        output = packed(self.o_proj.weight)
+        del self.q_proj, self.k_proj, self.v_proj, self.o_proj.weight
+        self.o_proj.weight = output  # type: ignore[assignment]
+
+    def _project(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values of all heads, `[T, (H + 2G) C]`."""
+        if self.qkv is not None:
+            return linear_forward(x_TD, self.qkv)
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        return torch.cat([linear_forward(x_TD, weight_ND) for weight_ND in weights], dim=-1)
 
     def _norms(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.config.qk_norm == "none" else (self.q_norm.weight, self.k_norm.weight)

@@ -14,12 +14,13 @@ from .config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedStep:
-    """What all layers share in a pass of new tokens over a cache that holds some already."""
+class CacheStep:
+    """What all layers share in a pass of new tokens."""
 
+    start_BS: Tensor
     cos_BS1Z: Tensor
     sin_BS1Z: Tensor
-    first: int  # the earliest position that any query sees
+    first: int | None  # the earliest position that any query sees; None: nothing is in the cache yet
     bias_B1SJ: Tensor | None  # over the positions from `first` on; None: every query sees all of them
 
 
@@ -41,8 +42,10 @@ class KeyValueCache:
     ) -> None:
         self.config, self.capacity, self.length = config, capacity, 0
         self.start_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._latest_start = 0
         shape = (config.num_layers, 2, batch, config.num_kv_heads, capacity, config.head_width)
         self._layers = list(torch.empty(shape, device=device, dtype=dtype).unbind())
+        self._prepare()
 
     def store(self, layer: int, k_BSGC: Tensor, v_BSGC: Tensor) -> None:
         """Put the new positions of one layer behind the filled ones; `advance` counts them after the last layer."""
@@ -60,26 +63,52 @@ class KeyValueCache:
         if self.length + num_new > self.capacity:
             self.capacity = max(2 * self.capacity, self.length + num_new)
             self._copy(slice(None))
+            self._prepare()
 
-    def step(self, start_BS: Tensor) -> CachedStep:
+    def step(self, start_BS: Tensor) -> CacheStep:
         """Return what the layers share in a pass of the tokens whose documents begin at `start_BS`."""
-        config, num_new = self.config, start_BS.shape[1]
-        window, dtype = config.sliding_window, self._layers[0].dtype
-        first = 0 if window is None else max(0, self.length - window + 1)
+        window, num_new = self.config.sliding_window, start_BS.shape[1]
         position_BS = torch.arange(self.length, self.length + num_new, device=start_BS.device) - start_BS
-        cos_BS1Z, sin_BS1Z = rotation(position_BS, config.rope_theta, config.head_width, dtype)
-        bias_B1SJ = cached_bias(start_BS, first, self.length + num_new - first, window, dtype)
-        return CachedStep(cos_BS1Z=cos_BS1Z, sin_BS1Z=sin_BS1Z, first=first, bias_B1SJ=bias_B1SJ)
+        first, bias_B1SJ = None, None
+        if self.length > 0:
+            first = 0 if window is None else max(0, self.length - window + 1)
+            # A single token sees all from `first` on but padding; to know that saves looking for what is hidden.
+            latest = self._latest_start if self._goes_on(start_BS) else int(start_BS.max())
+            if num_new > 1 or latest > first:
+                dtype = self._layers[0].dtype
+                bias_B1SJ = cached_bias(start_BS, first, self.length + num_new - first, window, dtype)
+        return CacheStep(
+            start_BS=start_BS,
+            cos_BS1Z=self._cos_JZ[position_BS].unsqueeze(2),
+            sin_BS1Z=self._sin_JZ[position_BS].unsqueeze(2),
+            first=first,
+            bias_B1SJ=bias_B1SJ,
+        )
 
     def advance(self, start_BS: Tensor) -> None:
         """Count the new positions, whose documents begin at `start_BS`, as filled."""
         self.length += start_BS.shape[1]
-        self.start_B = start_BS[:, -1]
+        self._start(start_BS[:, -1])
 
     def keep(self, row_B: Tensor) -> None:
         """Keep the sequences `row_B` alone, in that order."""
-        self.start_B = self.start_B[row_B]
+        self._start(self.start_B[row_B])
         self._copy(row_B)
+
+    def _start(self, start_B: Tensor) -> None:
+        if not self._goes_on(start_B):
+            self.start_B, self._latest_start = start_B, int(start_B.max())
+
+    def _goes_on(self, start: Tensor) -> bool:
+        """Whether these starts are a view of `start_B`: no look at their values is needed."""
+        return start.data_ptr() == self.start_B.data_ptr()
+
+    def _prepare(self) -> None:
+        """Take the angles of all positions."""
+        position_1J = torch.arange(self.capacity, device=self.start_B.device)[None]
+        config, dtype = self.config, self._layers[0].dtype
+        cos_1J1Z, sin_1J1Z = rotation(position_1J, config.rope_theta, config.head_width, dtype)
+        self._cos_JZ, self._sin_JZ = cos_1J1Z[0, :, 0], sin_1J1Z[0, :, 0]
 
     def _copy(self, rows: Tensor | slice) -> None:
         filled = slice(self.length)

@@ -6,8 +6,8 @@ Shape letters: D model width, F hidden width, E experts, R rows, T tokens, K top
 import torch
 from torch import Tensor, nn
 
-from ..kernels.expert_mlp import expert_mlp, expert_mlp_few
-from ..kernels.linear import linear, linear_few
+from ..kernels.expert_mlp import expert_mlp, routed_mlp
+from ..kernels.linear import linear, linear_forward, packed
 from ..kernels.swiglu import swiglu, swiglu_forward
 
 
@@ -23,9 +23,15 @@ class GroupedExperts(nn.Module):
         """Apply expert e to its `count_E[e]` rows; rows are grouped by expert in order."""
         return expert_mlp(rows_RD, count_E, self.gate_up, self.down)
 
-    def decode(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Return each token's weighted sum over its experts, for a few tokens; no autograd."""
-        return expert_mlp_few(x_TD, expert_TK, weight_TK, self.gate_up, self.down)
+    def extend(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return each token's weighted sum over its experts; no autograd."""
+        return routed_mlp(x_TD, expert_TK, weight_TK, self.gate_up, self.down)
+
+    def pack(self) -> None:
+        """Make the weights good for `extend` alone, and faster there."""
+        gate_up, down = (tuple(map(packed, weights)) for weights in (self.gate_up, self.down))
+        del self.gate_up, self.down
+        self.gate_up, self.down = gate_up, down  # type: ignore[assignment]
 
 
 class DenseFFN(nn.Module):
@@ -40,7 +46,13 @@ class DenseFFN(nn.Module):
         """Apply the feed-forward to every token."""
         return linear(swiglu(linear(x_BSD, self.gate_up)), self.down)
 
-    def decode(self, x_BSD: Tensor) -> Tensor:
-        """Apply the feed-forward to a few tokens; no autograd."""
-        hidden_TG = linear_few(x_BSD.flatten(0, 1), self.gate_up)
-        return linear_few(swiglu_forward(hidden_TG), self.down).view_as(x_BSD)
+    def extend(self, x_BSD: Tensor) -> Tensor:
+        """Apply the feed-forward to every token; no autograd."""
+        hidden_TG = linear_forward(x_BSD.flatten(0, 1), self.gate_up)
+        return linear_forward(swiglu_forward(hidden_TG), self.down).view_as(x_BSD)
+
+    def pack(self) -> None:
+        """Make the weights good for `extend` alone, and faster there."""
+        gate_up, down = packed(self.gate_up), packed(self.down)
+        del self.gate_up, self.down
+        self.gate_up, self.down = gate_up, down  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
 from .attention import SelfAttention
-from .cache import CachedStep, KeyValueCache
+from .cache import CacheStep, KeyValueCache
 from .config import ModelConfig, num_experts
 from .dispatch import Dispatcher, LocalDispatcher
 from .domains import DomainRegistry
@@ -55,12 +55,10 @@ class MoELayer(nn.Module):
         )
         return out_TD.view_as(x_BSD), stats
 
-    def decode(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
-        """Return the layer's output for a few tokens, all experts being here; nothing is counted, no autograd."""
-        expert_BSK, weight_BSK = self.gate.choices(x_BSD, context)
-        return self.experts.decode(x_BSD.flatten(0, 1), expert_BSK.flatten(0, 1), weight_BSK.flatten(0, 1)).view_as(
-            x_BSD
-        )
+    def extend(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
+        """Return the layer's output outside training, all experts being here; nothing is counted, no autograd."""
+        expert_TK, weight_TK = (choice_BSK.flatten(0, 1) for choice_BSK in self.gate.choices(x_BSD, context))
+        return self.experts.extend(x_BSD.flatten(0, 1), expert_TK, weight_TK).view_as(x_BSD)
 
 
 class Block(nn.Module):
@@ -78,25 +76,20 @@ class Block(nn.Module):
             self.mlp = DenseFFN(config.dim, config.dense_dim)
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        start_BS: Tensor,
-        position_BS: Tensor,
-        context: RoutingContext,
-        cache: KeyValueCache | None = None,
+        self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor, context: RoutingContext
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Return the block's output, and its routing where it is sparse; keep keys and values in an empty cache."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), start_BS, position_BS, cache)
+        """Return the block's output, and its routing where it is sparse."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), start_BS, position_BS)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if not self.is_sparse:
             return x_BSD + self.mlp(normed_BSD), None
         out_BSD, stats = self.block_sparse_moe(normed_BSD, context)
         return x_BSD + out_BSD, stats
 
-    def decode(self, x_BSD: Tensor, step: CachedStep, context: RoutingContext, cache: KeyValueCache) -> Tensor:
-        """Return the block's output for a few tokens that follow those in `cache`."""
-        x_BSD = x_BSD + self.self_attn.decode(self.input_layernorm(x_BSD), step, cache)
+    def extend(self, x_BSD: Tensor, step: CacheStep, context: RoutingContext, cache: KeyValueCache) -> Tensor:
+        """Return the block's output for tokens that follow those in `cache`."""
+        x_BSD = x_BSD + self.self_attn.extend(self.input_layernorm(x_BSD), step, cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if self.is_sparse:
-            return x_BSD + self.block_sparse_moe.decode(normed_BSD, context)
-        return x_BSD + self.mlp.decode(normed_BSD)
+            return x_BSD + self.block_sparse_moe.extend(normed_BSD, context)
+        return x_BSD + self.mlp.extend(normed_BSD)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import linear, linear_few
+from ..kernels.linear import linear, linear_forward, packed
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from .attention import SelfAttention
 from .cache import KeyValueCache
 from .config import ModelConfig, check_registry
 from .domains import DomainRegistry
+from .experts import DenseFFN, GroupedExperts
 from .layer import Block, RMSNorm
 from .routing import DomainGroup, RoutingContext, RoutingStats, TrainingPass, group_by_domain, merge_groups
 
@@ -39,7 +41,15 @@ class Slots(nn.Module):
 
     def of(self, slot: int) -> Tensor:
         """Return a slot's weight."""
-        return self.get_parameter(f"slots.{slot}.weight" if hasattr(self, "slots") else "weight")
+        weight: Tensor = (self.slots[slot] if hasattr(self, "slots") else self).weight
+        return weight
+
+    def pack(self) -> None:
+        """Make the weights of a head good for inference alone, and faster there."""
+        for module in self.slots if hasattr(self, "slots") else (self,):
+            weight = packed(module.weight)
+            del module.weight
+            module.weight = weight
 
 
 class Decoder(nn.Module):
@@ -52,22 +62,22 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext
     ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
-        """Return the normed hidden states and the sparse layers' stats; keep keys and values in an empty cache."""
+        """Return the normed hidden states and the sparse layers' stats."""
         position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device) - start_BS
         stats = []
         for layer in self.layers:
-            x_BSD, layer_stats = layer(x_BSD, start_BS, position_BS, context, cache)
+            x_BSD, layer_stats = layer(x_BSD, start_BS, position_BS, context)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(x_BSD), tuple(stats)
 
-    def decode(self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext, cache: KeyValueCache) -> Tensor:
-        """Return the normed hidden states of a few tokens that follow those in `cache`."""
+    def extend(self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext, cache: KeyValueCache) -> Tensor:
+        """Return the normed hidden states of tokens that follow those in `cache`."""
         step = cache.step(start_BS)
         for layer in self.layers:
-            x_BSD = layer.decode(x_BSD, step, context, cache)
+            x_BSD = layer.extend(x_BSD, step, context, cache)
         return self.norm(x_BSD)
 
 
@@ -138,6 +148,20 @@ class Transformer(nn.Module):
                 raise ValueError(f"domain id {group.domain} is not one of this model's {len(self.registry.domains)}")
         return groups
 
+    def pack(self) -> None:
+        """Make the weights good for `extend` alone, where they are read faster; they can be neither trained nor saved.
+
+        A tied embedding stays as it is. On a device or in a dtype that knows no packing nothing becomes faster. A
+        packed model stays as it is.
+        """
+        if any(isinstance(module, SelfAttention) and module.qkv is not None for module in self.modules()):
+            return
+        for module in self.modules():
+            if isinstance(module, SelfAttention | GroupedExperts | DenseFFN):
+                module.pack()
+        if not self.config.tie_embeddings:
+            self.lm_head.pack()
+
     @torch.no_grad()
     def extend(
         self,
@@ -168,13 +192,9 @@ class Transformer(nn.Module):
         if start_BS is None:
             start_BS = cache.start_B[:, None].expand_as(token_BS)
         context = RoutingContext(token_BS=token_BS, groups=groups, index_T=cache.start_B, training=None)
-        x_BSD = self.embed(token_BS, groups)
-        if cache.length == 0:
-            x_BSD, _ = self.model(x_BSD, start_BS, context, cache)
-        else:
-            x_BSD = self.model.decode(x_BSD, start_BS, context, cache)
+        x_BSD = self.model.extend(self.embed(token_BS, groups), start_BS, context, cache)
         cache.advance(start_BS)
-        parts = [linear_few(group.of(x_BSD)[:, -1], weight) for group, weight in self._heads(groups)]
+        parts = [linear_forward(group.of(x_BSD)[:, -1], weight) for group, weight in self._heads(groups)]
         return self._merge(groups, parts)
 
     def embed(self, token_BS: Tensor, groups: tuple[DomainGroup, ...]) -> Tensor:

@@ -1,6 +1,6 @@
-"""SwiGLU feed-forward of many experts: over rows grouped by expert, and over a few tokens."""
+"""SwiGLU feed-forward of many experts: over rows grouped by expert, and for inference."""
 
-from .few import expert_mlp_few
 from .op import expert_mlp
+from .routed import routed_mlp
 
-__all__ = ["expert_mlp", "expert_mlp_few"]
+__all__ = ["expert_mlp", "routed_mlp"]

@@ -18,17 +18,25 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tenso
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight_D.shape)}, the input's last dimension is {x.shape[-1]}"
         )
+    if not torch.is_grad_enabled():  # spares inference the cost of an autograd function
+        return _normed(x, weight_D, eps)[0]
     return _RmsNorm.apply(x, weight_D, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _normed(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm, and one over the root mean square of each row [..., 1]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_ND = x.to(wide)
+    rstd_N1 = x_ND.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x_ND * rstd_N1).mul_(weight_D.to(wide)).to(x.dtype), rstd_N1
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x_ND = x.to(wide)
-        rstd_N1 = x_ND.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed, rstd_N1 = _normed(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, rstd_N1)
-        return (x_ND * rstd_N1).mul_(weight_D.to(wide)).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:

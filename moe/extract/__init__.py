@@ -3,7 +3,7 @@
 from .plan import Piece, Submodel, plan_submodel
 from .report import describe, identity
 from .verify import DomainCheck, verify_domain, verify_tensors
-from .write import Extraction, formula_bytes, write_submodel
+from .write import Extraction, formula_bytes, planned_bytes, write_submodel
 
 __all__ = [
     "DomainCheck",
@@ -14,6 +14,7 @@ __all__ = [
     "formula_bytes",
     "identity",
     "plan_submodel",
+    "planned_bytes",
     "verify_domain",
     "verify_tensors",
     "write_submodel",

@@ -75,6 +75,11 @@ def write_submodel(
     )
 
 
+def planned_bytes(parent: StoredModel, submodel: Submodel, dtype: torch.dtype | None) -> int:
+    """Return the bytes of the tensors that `write_submodel` will write."""
+    return _Writer(parent, submodel, "sigmoe", dtype, lambda done, total: None).num_bytes
+
+
 def formula_bytes(submodel: Submodel, dtype: torch.dtype) -> int:
     """Return the bytes of the weights as counted from the config: shared + sets + slots, tables and biases."""
     config, registry = submodel.config, submodel.registry

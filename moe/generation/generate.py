@@ -22,11 +22,11 @@ class GenerationConfig(SamplingConfig):
     """How tokens are chosen, and how many."""
 
     max_tokens: int = 100
-    batch_size: int = 8  # prompts that are continued together
+    batch: int = 8  # prompts that are continued together
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_tokens", "batch_size"):
+        for name in ("max_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -58,8 +58,8 @@ def generate(
     """
     check_prompts(model, prompts)
     texts: list[list[int]] = [[] for _ in prompts]
-    for first in range(0, len(prompts), config.batch_size):
-        rows = range(first, min(first + config.batch_size, len(prompts)))
+    for first in range(0, len(prompts), config.batch):
+        rows = range(first, min(first + config.batch, len(prompts)))
         domains = None if domain_ids is None else torch.tensor([domain_ids[row] for row in rows])
         batch = _Batch(model, [prompts[row] for row in rows], list(rows), domains, padding, config)
         for position in range(config.max_tokens):

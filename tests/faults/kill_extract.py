@@ -64,7 +64,8 @@ def resume(folder, domain):
     """A later process: what it finds, and what running the command again leaves."""
     before = look(folder / OUT)
     extract(folder, domain, 0)
-    return {"before": before, "after": look(folder / OUT), "names": sorted(path.name for path in (folder / "models").iterdir())}
+    names = sorted(path.name for path in (folder / "models").iterdir())
+    return {"before": before, "after": look(folder / OUT), "names": names}
 
 
 def try_point(folder, domain, nth, expected):

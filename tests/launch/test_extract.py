@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sigmoe.launch.main import main
 from sigmoe.moe.extract import identity
@@ -296,6 +297,36 @@ def test_a_dataset_is_asked_for_where_none_is_known(refused, trained, tmp_path):
 def test_a_dataset_of_another_tokenizer_is_refused(refused, trained, three):
     line = refused(f"checkpoint={trained}", "domain=ships", "out=ships", f"dataset={three.parent}/data")
     assert f"dataset {three.parent}/data has another tokenizer than {trained / STEP}" in line
+
+
+def test_a_dataset_with_ids_beyond_the_vocabulary_is_refused(extract, refused, trained, dataset, tmp_path):
+    assert extract(f"checkpoint={trained}", "domain=ships", "verify=0", "out=small")[0] == 0
+    path = tmp_path / "small/model-00001-of-00001.safetensors"
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    save_file({n: t[:200].clone() if n in tables else t for n, t in written(path.parent).items()}, path)
+    config = json.loads((path.parent / "config.json").read_text()) | {"vocab_size": 200}
+    (path.parent / "config.json").write_text(json.dumps(config))
+    (path.parent / "manifest.json").unlink()
+    line = refused("checkpoint=small", "domain=ships", f"dataset={dataset}", "out=cut")
+    assert "has ids up to 299, the model's vocabulary is 200" in line
+
+
+def test_the_space_is_looked_at_before_anything_is_written(extract, refused, trained, tmp_path, monkeypatch):
+    """As many bytes as will be written: half where they are rounded to half."""
+    usage, needed = shutil.disk_usage(tmp_path), 4 << 20
+    parameters = load_model(open_model(trained / STEP)).parameters()
+    assert extract(f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships")[0] == 0
+    needed += report_of(tmp_path / "ships")["bytes"]["tensors"] // 2
+    assert needed < (4 << 20) + sum(parameter.nbytes for parameter in parameters) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    command = [f"checkpoint={trained}", "domain=ships", "verify=0", "out=new"]
+    assert "not enough disk space" in refused(*command)
+    assert extract(*command, "dtype=bf16")[0] == 0
+
+
+def test_a_full_disk_is_one_line(refused, trained, limit_files):
+    limit_files(10_000)
+    assert "writing failed" in refused(f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships")
 
 
 def test_a_global_gate_cannot_be_cut(refused, tiny, tmp_path):

@@ -78,6 +78,11 @@ def test_a_document_after_another(build):
     model.extend(tokens, cache, start_BS=torch.tensor([[0] * 7 + [7] * 5]))
     got = model.extend(torch.tensor([[3]]), cache)
     assert relative(got[0], alone(model, [7, 8, 9, 10, 11, 3], domain_B[0])) < 1e-5
+    model.extend(torch.tensor([[4]]), cache, start_BS=torch.tensor([[13]]))
+    got = model.extend(torch.tensor([[5]]), cache)
+    assert relative(got[0], alone(model, [4, 5], domain_B[0])) < 1e-5
+    got = model.extend(torch.tensor([[6]]), cache, start_BS=torch.tensor([[15]]))
+    assert relative(got[0], alone(model, [6], domain_B[0])) < 1e-5
 
 
 def test_kept_rows_go_on_alone(build, prompts):

@@ -48,6 +48,18 @@ def test_same_bits(build, prompts, router, sets, shape):
             assert torch.equal(logits(full, rows, domain, 6), logits(sub, rows, 0, 6))
 
 
+@pytest.mark.parametrize("sets", SETS)
+def test_same_bits_when_packed(build, prompts, sets):
+    config = RouterConfig(name="domain_top_k", sets=SETS[sets], top_k=1 if sets == "of one" else 2)
+    for domain, name in enumerate(("a", "b")):
+        full = build(config)
+        sub = cut_out(full, name)
+        full.pack()
+        sub.pack()
+        for rows in (prompts, prompts[:1]):
+            assert torch.equal(logits(full, rows, domain, 6), logits(sub, rows, 0, 6))
+
+
 def test_same_texts_when_sampled(build, prompts):
     full = build("domain_top_k")
     config = GenerationConfig(temperature=1.0, max_tokens=12, seed=3)

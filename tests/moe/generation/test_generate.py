@@ -26,8 +26,8 @@ def test_greedy_is_the_argmax_of_the_uncached_model(build, prompts, router):
     model = build(router, sliding_window=6)
     want = [by_hand(model, prompt, domain, 8) for prompt, domain in zip(prompts, DOMAINS)]
     assert generate(model, prompts, GREEDY, domain_ids=DOMAINS) == want
-    for batch_size in (1, 3):
-        config = GenerationConfig(max_tokens=8, batch_size=batch_size)
+    for batch in (1, 3):
+        config = GenerationConfig(max_tokens=8, batch=batch)
         assert generate(model, prompts, config, domain_ids=DOMAINS) == want
 
 
@@ -62,7 +62,7 @@ def test_samples_do_not_depend_on_the_batch(build, prompts):
     together = generate(model, prompts, SAMPLED)
     assert generate(model, prompts, SAMPLED) == together
     assert generate(model, prompts[:2], SAMPLED) == together[:2]
-    one_by_one = GenerationConfig(max_tokens=8, temperature=1.0, top_p=0.9, seed=4, batch_size=1)
+    one_by_one = GenerationConfig(max_tokens=8, temperature=1.0, top_p=0.9, seed=4, batch=1)
     assert generate(model, prompts, one_by_one) == together
     other_seed = GenerationConfig(max_tokens=8, temperature=1.0, top_p=0.9, seed=5)
     assert generate(model, prompts, other_seed) != together
@@ -91,7 +91,7 @@ def test_a_domain_is_asked_for(build):
         generate(build("rre"), [[1]], GREEDY)
 
 
-@pytest.mark.parametrize("changes", [{"max_tokens": 0}, {"batch_size": 0}, {"top_p": 2.0}])
+@pytest.mark.parametrize("changes", [{"max_tokens": 0}, {"batch": 0}, {"top_p": 2.0}])
 def test_settings_are_checked(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         GenerationConfig(**changes)

@@ -48,6 +48,8 @@ def test_identical_greedy_texts(saved):
         token_BS, attention_mask=(token_BS > 0).long(), max_new_tokens=steps, min_new_tokens=steps, do_sample=False
     )
     ours = load_model(open_model(folder))
-    texts = generate(ours, prompts, GenerationConfig(max_tokens=steps), domain_ids=[0] * 4)
-    assert texts == out_BS[:, width:].tolist()
+    for _ in ("plain", "packed"):
+        texts = generate(ours, prompts, GenerationConfig(max_tokens=steps), domain_ids=[0] * 4)
+        assert texts == out_BS[:, width:].tolist()
+        ours.pack()
     assert len({token for text in texts for token in text}) > 20
