@@ -196,7 +196,7 @@ def _notes(settings: ExactnessSettings, dataset: Dataset, outcomes: list[Outcome
         f"{s.expert_dim}, vocabulary {dataset.vocab_size}, {len(dataset.domain_names)} domains",
         f"disjoint: {s.experts} experts a domain; overlapping: as many, the last one shared with the next domain; one: "
         f"one expert a domain. domain_top_k: top-{s.top_k} of the set; rre: a table of token ids",
-        "bytes over formula: the weight files, headers included, beyond shared + set + tables; headers grow with the number "
-        "of tensors, not with their size",
+        "bytes over formula: the weight files, headers included, beyond shared + set + tables; headers grow with the "
+        "number of tensors, not with their size",
         "seconds: planning, writing and both comparisons; information only",
     )

@@ -54,16 +54,16 @@ class SelfAttention(nn.Module):
     def extend(self, x_BSD: Tensor, step: CacheStep, cache: KeyValueCache) -> Tensor:
         """Attend from new tokens to those of their documents in `cache` and among themselves; no autograd."""
         config, (batch, length, _) = self.config, x_BSD.shape
-        heads = (config.num_heads, config.num_kv_heads)
+        heads = [config.num_heads, config.num_kv_heads]
         qkv_BSHC = self._project(x_BSD.flatten(0, 1)).view(batch, length, -1, config.head_width)
         v_BSGC = qkv_BSHC[:, :, sum(heads) :]
         qk_BSHC = qkv_BSHC[:, :, : sum(heads)]
         if config.qk_norm == "none":
-            q_BSHC, k_BSGC = rotate(qk_BSHC, step.cos_BS1Z, step.sin_BS1Z).split(heads, dim=2)
+            q_BSHC, k_BSGC = torch.split(rotate(qk_BSHC, step.cos_BS1Z, step.sin_BS1Z), heads, dim=2)
         else:
             q_BSHC, k_BSGC = (
                 rotate(x_BSHC, step.cos_BS1Z, step.sin_BS1Z, norm_weight=norm, eps=config.norm_eps)
-                for x_BSHC, norm in zip(qk_BSHC.split(heads, dim=2), self._norms())
+                for x_BSHC, norm in zip(torch.split(qk_BSHC, heads, dim=2), self._norms())
             )
         cache.store(self.layer, k_BSGC, v_BSGC)
         if step.first is None:
@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
         self.qkv = packed(torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).detach())
         output = packed(self.o_proj.weight)
         del self.q_proj, self.k_proj, self.v_proj, self.o_proj.weight
-        self.o_proj.weight = output  # type: ignore[assignment]
+        self.o_proj.weight = output
 
     def _project(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values of all heads, `[T, (H + 2G) C]`."""

@@ -41,15 +41,17 @@ class Slots(nn.Module):
 
     def of(self, slot: int) -> Tensor:
         """Return a slot's weight."""
-        weight: Tensor = (self.slots[slot] if hasattr(self, "slots") else self).weight
+        weight = (self.slots[slot] if hasattr(self, "slots") else self).weight
+        assert isinstance(weight, Tensor)
         return weight
 
     def pack(self) -> None:
         """Make the weights of a head good for inference alone, and faster there."""
         for module in self.slots if hasattr(self, "slots") else (self,):
-            weight = packed(module.weight)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
             del module.weight
-            module.weight = weight
+            module.weight = packed(weight)
 
 
 class Decoder(nn.Module):
@@ -77,8 +79,10 @@ class Decoder(nn.Module):
         """Return the normed hidden states of tokens that follow those in `cache`."""
         step = cache.step(start_BS)
         for layer in self.layers:
+            assert isinstance(layer, Block)
             x_BSD = layer.extend(x_BSD, step, context, cache)
-        return self.norm(x_BSD)
+        out_BSD: Tensor = self.norm(x_BSD)
+        return out_BSD
 
 
 class Transformer(nn.Module):

@@ -85,4 +85,5 @@ def greedy_in_transformers(theirs: Any, prompt_S: Sequence[int], new_tokens: int
     mask_BS = torch.ones_like(token_BS)
     out_BS = theirs.generate(token_BS, attention_mask=mask_BS, max_new_tokens=new_tokens, do_sample=False)
     added = out_BS[0, token_BS.shape[1] :].tolist()
-    return added[: added.index(end_of_text)] if end_of_text in added else added
+    end = added.index(end_of_text) if end_of_text in added else len(added)
+    return [int(token) for token in added[:end]]
