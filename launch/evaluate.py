@@ -17,7 +17,7 @@ from .evaluation import HeldoutSettings
 from .evaluation_matrix import Cells, Row, measure
 from .evaluation_report import Evaluation, check_out, keep, show
 from .main import main
-from .models import open_given_model
+from .models import check_tokenizer, open_given_model
 from .trainer import pick_device
 
 _MOST_TOKENS = 1 << 28  # of one forward pass; beyond it nothing but a slip of the pen
@@ -105,19 +105,6 @@ def run(config: Mapping[str, object]) -> None:
     if stem is not None:
         for path in keep(evaluation, stem):
             notes().print(f"wrote {path}")
-
-
-def check_tokenizer(given: str, stored: StoredModel, dataset: Dataset) -> None:
-    """Raise ValueError where the ids of `dataset` do not mean to the model `given` what they mean there."""
-    if stored.tokenizer is None:
-        raise ValueError(f"{given} has no tokenizer.json: nothing says that it reads the token ids of {dataset.path}")
-    if stored.tokenizer != dataset.tokenizer_path.read_bytes():
-        raise ValueError(f"{given} has another tokenizer than {dataset.path}: evaluate it on the dataset of its own")
-    if stored.config.vocab_size < dataset.vocab_size:
-        raise ValueError(
-            f"{given} has a vocabulary of {stored.config.vocab_size}, but {dataset.path} has token ids up to "
-            f"{dataset.vocab_size - 1}: give another dataset"
-        )
 
 
 def plan_rows(command: EvaluateCommand, models: list[StoredModel], texts: tuple[str, ...]) -> list[Row]:

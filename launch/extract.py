@@ -31,7 +31,7 @@ from ..moe.storage.durable import DurableDirectory, durable_directory, require_s
 from ..moe.stored import EXTRACTION, StoredModel, open_unfinished, read_json
 from .console import notes, print_table, progress_sink
 from .main import main
-from .models import open_given_model
+from .models import check_tokenizer, open_given_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS = ".safetensors"
@@ -80,7 +80,7 @@ def run(config: Mapping[str, object]) -> None:
     if parent.path.resolve() in out.resolve().parents:
         raise ValueError(f"out={out} lies inside the model it is cut out of: give a place of its own")
     if out.exists():
-        report = _report_of_the_same(out, identity(parent), settings)
+        report = _report_of_the_same(command, out, identity(parent), settings)
         notes().print(f"{out} holds this very extraction already")
         return print_report(report)
     dataset = _dataset(command, parent) if command.verify else None
@@ -154,7 +154,9 @@ def _open_in_transformers(child: StoredModel, dataset: Dataset, domain: str) -> 
     return check
 
 
-def _report_of_the_same(out: Path, parent: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _report_of_the_same(
+    command: ExtractCommand, out: Path, parent: str | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
     refusal = ValueError(f"out={out} exists already and is another model: remove it or give another out=")
     if not (out / EXTRACTION).is_file() or not (out / MANIFEST).is_file() or parent is None:
@@ -163,6 +165,10 @@ def _report_of_the_same(out: Path, parent: str | None, settings: Mapping[str, An
     report = read_json(out / EXTRACTION)
     if report["parent"]["identity"] != parent or any(report[key] != value for key, value in settings.items()):
         raise refusal
+    compared = min((check["tokens"] for check in report["checks"]), default=0)
+    if (command.verify and not compared) or (command.transformers and "transformers" not in report):
+        wanted = "transformers=true" if compared else "verify="
+        raise ValueError(f"out={out} holds this very extraction, made without {wanted}: remove it or give another out=")
     return report
 
 
@@ -176,13 +182,7 @@ def _dataset(command: ExtractCommand, parent: StoredModel) -> Dataset:
     if not isinstance(path, str):
         raise ValueError("missing key dataset: give the held-out text to verify with, dataset=DIR (or verify=0)")
     dataset = open_dataset(Path(path).expanduser())
-    if dataset.tokenizer_path.read_bytes() != parent.tokenizer:
-        raise ValueError(f"dataset {path} has another tokenizer than {parent.path}: give the one it was trained on")
-    if dataset.vocab_size > parent.config.vocab_size:
-        raise ValueError(
-            f"dataset {path} has ids up to {dataset.vocab_size - 1}, the model's vocabulary is "
-            f"{parent.config.vocab_size}: give the dataset it was trained on"
-        )
+    check_tokenizer(command.checkpoint, parent, dataset)
     for name in command.domains:
         tokens = dataset.domain(name).heldout.num_tokens
         if tokens < command.verify:

@@ -296,7 +296,7 @@ def test_a_dataset_is_asked_for_where_none_is_known(refused, trained, tmp_path):
 
 def test_a_dataset_of_another_tokenizer_is_refused(refused, trained, three):
     line = refused(f"checkpoint={trained}", "domain=ships", "out=ships", f"dataset={three.parent}/data")
-    assert f"dataset {three.parent}/data has another tokenizer than {trained / STEP}" in line
+    assert f"{trained} has another tokenizer than {three.parent}/data" in line
 
 
 def test_a_dataset_with_ids_beyond_the_vocabulary_is_refused(extract, refused, trained, dataset, tmp_path):
@@ -308,7 +308,7 @@ def test_a_dataset_with_ids_beyond_the_vocabulary_is_refused(extract, refused, t
     (path.parent / "config.json").write_text(json.dumps(config))
     (path.parent / "manifest.json").unlink()
     line = refused("checkpoint=small", "domain=ships", f"dataset={dataset}", "out=cut")
-    assert "has ids up to 299, the model's vocabulary is 200" in line
+    assert "small has a vocabulary of 200" in line and "has token ids up to 299" in line
 
 
 def test_the_space_is_looked_at_before_anything_is_written(extract, refused, trained, tmp_path, monkeypatch):
