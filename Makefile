@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PROMPT := 'prompt="    def __init__(self"' max_tokens=48 temperature=0.5 seed=1
+PROMPT := 'prompt=    def __init__(self' max_tokens=48 temperature=0.5 seed=1
 
 .PHONY: help venv demo test lint check format clean exactness
 help: ## this text

@@ -24,7 +24,7 @@ from ..moe.parsing import to_mapping
 from ..moe.route_table import fill_route_tables
 from ..moe.storage.checkpoint import CheckpointContent, write_checkpoint
 from ..moe.storage.durable import durable_directory
-from ..moe.storage.tensors import NamedTensor
+from ..moe.storage.tensors import named_tensors
 from ..moe.stored import StoredModel, open_model, open_unfinished
 from .machine import describe
 from .table import BenchTable
@@ -137,7 +137,7 @@ def _write_model(path: Path, config: ModelConfig, dataset: Dataset, settings: Ex
     initialize(model, settings.seed)
     fill_route_tables(model, {name: dataset.token_counts(name) for name in dataset.domain_names}, settings.seed)
     content = CheckpointContent(
-        model={name: NamedTensor(tuple(t.shape), t.dtype, t.detach) for name, t in canonical_tensors(model).items()},
+        model=named_tensors(canonical_tensors(model)),
         optimizer={},
         state={"step": 0},
         config={"model": to_mapping(config), "sequence_length": settings.sequence_length},

@@ -19,7 +19,7 @@ from ..moe.hf.config import hf_config
 from ..moe.initialize import initialize
 from ..moe.model import Transformer
 from ..moe.storage.durable import durable_directory
-from ..moe.storage.tensors import NamedTensor, write_tensors
+from ..moe.storage.tensors import named_tensors, write_tensors
 from .generate_run import GenerateShape
 from .generate_worker import GenerateAnswer, GenerateRequest
 from .machine import describe
@@ -57,7 +57,7 @@ def run_suite(settings: GenerateBenchSettings, progress: Progress = no_progress)
 
     Raises ValueError for a model that is no Mixtral, OSError where a contender fails or writes another text than ours.
     """
-    description = _description(settings, settings.model)
+    description = _description(settings)
     if description is None:
         raise ValueError("the model must be a Mixtral: router=top_k, model.sparse_layers=all, model.qk_norm=none")
     measured: dict[int, Rounds] = {}
@@ -68,7 +68,7 @@ def run_suite(settings: GenerateBenchSettings, progress: Progress = no_progress)
     rows = [row for batch, rounds in measured.items() for row in _rows(settings, batch, rounds)]
     return BenchTable(
         title="Greedy generation on a CPU",
-        columns=("contender", "batch", "tokens/s", "ms a token", "fastest", "sigmoe is", "peak MB"),
+        columns=("contender", "batch", "tokens/s", "ms a step", "fastest", "sigmoe is", "peak MB"),
         rows=tuple(rows),
         notes=_notes(settings),
         machine=describe(("torch", "transformers")) | {"threads used": str(settings.threads)},
@@ -89,27 +89,24 @@ def check_texts(rounds: Rounds) -> None:
     for name, answers in rounds.items():
         for row, (ours, theirs) in enumerate(zip(rounds[OURS][-1].texts, answers[-1].texts, strict=True)):
             if ours != theirs:
-                place = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+                differ = (i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+                place = next(differ, min(len(ours), len(theirs)))  # where one ends, the other goes on
                 raise OSError(f"{name} writes another text than {OURS}: prompt {row}, token {place}")
 
 
 def _write_model(settings: GenerateBenchSettings, description: dict[str, object], path: Path) -> Path:
     model = Transformer(settings.model, settings.model.build_registry(("text",)))
     initialize(model, 0)
-    tensors = {
-        name: NamedTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
-        for name, tensor in canonical_tensors(model).items()
-    }
     with durable_directory(path) as directory:
-        write_tensors(directory, "model", "model", tensors)
+        write_tensors(directory, "model", "model", named_tensors(canonical_tensors(model)))
         directory.write("model/config.json", json.dumps(description).encode())
     return path / "model"
 
 
-def _description(settings: GenerateBenchSettings, model: ModelConfig) -> dict[str, object] | None:
-    registry = model.build_registry(("text",))
+def _description(settings: GenerateBenchSettings) -> dict[str, object] | None:
+    registry = settings.model.build_registry(("text",))
     length = settings.longest + settings.new_tokens
-    found = hf_config(model, registry, sequence_length=length, dtype="float32", end_of_text=0, padding=0)
+    found = hf_config(settings.model, registry, sequence_length=length, dtype="float32", end_of_text=0, padding=0)
     return found if found is not None and found["model_type"] == "mixtral" else None
 
 
@@ -160,8 +157,8 @@ def _notes(settings: GenerateBenchSettings) -> tuple[str, ...]:
         f"prompts of {settings.shortest} to {settings.longest} tokens (padded on the left), {settings.new_tokens} new "
         "tokens each, greedy, no end-of-text; the same files, and every text the same token for token",
         f"a process a contender, {settings.rounds} alternating rounds of a run after {settings.warmup} to warm up, "
-        "medians; a run is prompts and new tokens; `ms a token`: of all texts; `sigmoe is`: median of the ratios in "
-        "each round",
+        "medians; a run is prompts and new tokens; `ms a step`: of a token of every text; `sigmoe is`: median of "
+        "the ratios in each round",
     )
 
 

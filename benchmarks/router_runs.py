@@ -69,7 +69,6 @@ class RunResult:
 
     loss: Mapping[str, float]
     bits_per_byte: Mapping[str, float]
-    seconds: float  # of training alone, from the median speed of the logged steps
     load: float | None  # rows of the busiest expert over the mean, mean over layers, whole run
     total: int  # parameters
     active: int  # parameters that a token passes through
@@ -185,11 +184,9 @@ def _result(directory: Path, checkpoint: Checkpoint, domains: tuple[str, ...]) -
     count = count_parameters(model, model.build_registry(domains))
     separable = model.router.name != "top_k" or model.sparse_layers == "none"
     loads = [_load(rows) for rows in checkpoint.state["expert_load"].values()]
-    logged = _logged(directory)
     return RunResult(
         loss={name: sums[name] / ended[name]["tokens"] for name in domains},
         bits_per_byte={name: sums[name] / math.log(2) / ended[name]["bytes"] for name in domains},
-        seconds=logged[-1]["tokens"] / statistics.median(row["tokens_per_second"] for row in logged),
         load=statistics.fmean(loads) if loads else None,
         total=count.total,
         active=count.active,

@@ -79,7 +79,7 @@ def spread(values: Sequence[float], digits: int = 3, *, signed: bool = False) ->
 
 
 def table_rows(runs: Results) -> tuple[tuple[str, ...], ...]:
-    """Return losses, paired differences, bits a byte, sizes, load and seconds, a column a contender."""
+    """Return losses, paired differences, bits a byte, sizes and load, a column a contender."""
     domains = list(next(iter(runs.values()))[0].loss)
     rows = _by_domain("loss, nats a token", domains, runs, lambda run: run.loss)
     for reference, names in ((TOP_K, domains), (DOMAIN_TOP_K, [])):
@@ -92,8 +92,6 @@ def table_rows(runs: Results) -> tuple[tuple[str, ...], ...]:
     rows.append(("parameters, exact submodel", "one of them", *cut))
     loads = ([run.load for run in runs[name] if run.load is not None] for name in CONTENDERS)
     rows.append(("busiest expert over the mean", "", *(spread(load, 2) if load else "" for load in loads)))
-    seconds = ([run.seconds for run in runs[name]] for name in CONTENDERS)
-    rows.append(("seconds of training", "", *(spread(times, 0) for times in seconds)))
     return tuple(rows)
 
 
@@ -155,8 +153,7 @@ def _notes(
         "are told each sequence's domain, top_k is not",
         "exact submodel: what `sigmoe extract` cuts out for one domain; top_k's experts belong to no domain, so "
         "nothing can be cut out exactly; of the dense model it is the whole",
-        "busiest expert over the mean: routed rows over the whole run, mean over layers; seconds: tokens over the "
-        "median speed of the logged steps, one run at a time, for information",
+        "busiest expert over the mean: routed rows over the whole run, mean over layers",
     )
 
 

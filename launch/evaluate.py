@@ -15,9 +15,10 @@ from ..moe.stored import ANY_DOMAIN, StoredModel, load_model
 from .console import notes, progress_sink
 from .evaluation import HeldoutSettings
 from .evaluation_matrix import Cells, Row, measure
-from .evaluation_report import Evaluation, check_out, keep, show
+from .evaluation_report import Evaluation, keep, kept_paths, show
 from .main import main
 from .models import check_tokenizer, open_given_model
+from .places import check_out
 from .trainer import pick_device
 
 _MOST_TOKENS = 1 << 28  # of one forward pass; beyond it nothing but a slip of the pen
@@ -69,7 +70,7 @@ def run(config: Mapping[str, object]) -> None:
     command = from_mapping(EvaluateCommand, config)
     stem = None if command.out is None else Path(command.out).expanduser()
     if stem is not None:
-        check_out(stem)
+        check_out(stem, *kept_paths(stem))
     device = pick_device(command.device)
     with progress_sink(transient=True) as progress:
         dataset = open_dataset(Path(command.dataset).expanduser(), check_ids=False)

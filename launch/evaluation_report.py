@@ -1,7 +1,6 @@
 """What an evaluation prints, and the JSON and the picture that it keeps."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +72,6 @@ def show(evaluation: Evaluation) -> None:
         _print_right(evaluation)
 
 
-def check_out(stem: Path) -> None:
-    """Raise ValueError where `keep` could not write, before anything is measured."""
-    for path in _paths(stem):
-        if path.is_symlink() or path.is_dir():
-            raise ValueError(f"out={stem}: {path} is a link or a directory: give another out=")
-    place = stem.absolute().parent
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"out={stem}: {place} is no directory that can be written to: give another out=")
-
-
 def keep(evaluation: Evaluation, stem: Path) -> tuple[Path, Path]:
     """Write `stem`.json and `stem`.svg; return their paths."""
     from .matrix_picture import draw_matrix  # matplotlib takes a while
@@ -94,14 +81,15 @@ def keep(evaluation: Evaluation, stem: Path) -> tuple[Path, Path]:
         list(evaluation.texts),
         [[cells[text].loss.bits_per_byte for text in evaluation.texts] for cells in evaluation.cells],
     )
-    paths = _paths(stem)
+    paths = kept_paths(stem)
     make_directory(stem.absolute().parent)
     for path, data in zip(paths, (encode_json(evaluation.to_json()), picture)):
         write_file(path, data)
     return paths
 
 
-def _paths(stem: Path) -> tuple[Path, Path]:
+def kept_paths(stem: Path) -> tuple[Path, Path]:
+    """Return the files that `keep` writes."""
     return stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.svg")
 
 

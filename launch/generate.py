@@ -1,9 +1,11 @@
 """`sigmoe generate`: continues prompts, greedily or by sampling."""
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,15 +15,16 @@ from tokenizers import Tokenizer
 
 from ..moe.data.tokenizer import END_OF_TEXT, parse_tokenizer
 from ..moe.domain_choice import choose_domains
-from ..moe.generation.generate import GenerationConfig, generate
+from ..moe.generation.generate import GenerationConfig, OnToken, generate
 from ..moe.generation.text import TextStream
 from ..moe.model import Transformer
 from ..moe.parsing import from_mapping
 from ..moe.storage.durable import make_directory, write_file
 from ..moe.stored import StoredModel, load_model, read_json
-from .console import notes
+from .console import notes, progress_sink
 from .main import main
 from .models import open_given_model
+from .places import check_out
 from .prompts import read_prompts
 from .trainer import pick_device
 
@@ -52,11 +55,8 @@ class GenerateCommand:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
-        if self.out is not None and Path(self.out).expanduser().is_dir():
-            raise ValueError(f"out={self.out} is a folder: give a file in it")
-        assert self.generation  # validates
+        self.generation()  # which validates itself
 
-    @property
     def generation(self) -> GenerationConfig:
         """How tokens are chosen, and how many."""
         return GenerationConfig(
@@ -89,6 +89,9 @@ class Continuation:
 def run(config: Mapping[str, object]) -> None:
     """Continue the prompts that `config` names. Raises ValueError for a user's mistake, with nothing written."""
     command = from_mapping(GenerateCommand, config)
+    out = None if command.out is None else Path(command.out).expanduser()
+    if out is not None:
+        check_out(out, out)
     device = pick_device(command.device)
     texts = read_prompts(command.prompt, command.prompts, command.prompts_file)
     stored = open_given_model(command.checkpoint)
@@ -103,7 +106,7 @@ def run(config: Mapping[str, object]) -> None:
     domain_ids = choose(command, stored, model, prompts)
     names = [None] * len(texts) if domain_ids is None else [stored.registry.names[id] for id in domain_ids]
     model.pack()
-    streams = command.stream and len(texts) == 1 and command.out is None
+    streams = command.stream and len(texts) == 1 and out is None
     tokens = continue_prompts(command, stored, tokenizer, model, prompts, domain_ids, streams=streams)
     done = [
         Continuation(
@@ -115,8 +118,8 @@ def run(config: Mapping[str, object]) -> None:
         )
         for text, name, ids in zip(texts, names, tokens)
     ]
-    if command.out is not None:
-        _keep(done, Path(command.out).expanduser())
+    if out is not None:
+        _keep(done, out)
     elif not streams:
         _show(done)
 
@@ -180,31 +183,45 @@ def continue_prompts(
     *,
     streams: bool,
 ) -> list[list[int]]:
-    """Return the tokens that follow the prompts, printed as they come where `streams`; note how fast they came."""
+    """Return the tokens that follow the prompts; note how fast they came.
+
+    Where `streams` they are printed as they come, else counted by a bar.
+    """
+    end = end_of_text(stored, tokenizer)
+    begin = time.perf_counter()
+    with _printed(tokenizer) if streams else _counted(len(prompts) * command.max_tokens) as on_token:
+        tokens = generate(
+            model, prompts, command.generation(), domain_ids=domain_ids, end_of_text=end, on_token=on_token
+        )
+    seconds, count = time.perf_counter() - begin, sum(map(len, tokens))
+    read = sum(map(len, prompts))
+    notes().print(f"{count:,} tokens after {read:,} of prompts in {seconds:.1f} s, {count / seconds:,.0f} tokens/s")
+    return tokens
+
+
+@contextmanager
+def _printed(tokenizer: Tokenizer) -> Iterator[OnToken]:
+    """Yield what prints the text of tokens as they come."""
     text = TextStream(tokenizer)
 
     def print_piece(row: int, token: int) -> None:
         sys.stdout.write(text.push(token))
         sys.stdout.flush()
 
-    begin = time.perf_counter()
     try:
-        tokens = generate(
-            model,
-            prompts,
-            command.generation,
-            domain_ids=domain_ids,
-            end_of_text=end_of_text(stored, tokenizer),
-            on_token=print_piece if streams else None,
-        )
+        yield print_piece
     finally:
-        if streams:
-            sys.stdout.write(text.finish() + "\n")
-            sys.stdout.flush()
-    seconds, count = time.perf_counter() - begin, sum(map(len, tokens))
-    read = sum(map(len, prompts))
-    notes().print(f"{count:,} tokens after {read:,} of prompts in {seconds:.1f} s, {count / seconds:,.0f} tokens/s")
-    return tokens
+        sys.stdout.write(text.finish() + "\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def _counted(most: int) -> Iterator[OnToken]:
+    """Yield what counts tokens, of which there are `most` at the most, in a bar that vanishes at the end."""
+    number = itertools.count(1)
+    with progress_sink(transient=True) as progress:
+        progress("tokens, at the most", 0, most)
+        yield lambda row, token: progress("tokens, at the most", next(number), most)
 
 
 def _note_length(command: GenerateCommand, stored: StoredModel, longest: int) -> None:
@@ -217,7 +234,7 @@ def _note_length(command: GenerateCommand, stored: StoredModel, longest: int) ->
 
 
 def _keep(done: list[Continuation], path: Path) -> None:
-    make_directory(path.parent)
+    make_directory(path.absolute().parent)
     lines = [json.dumps(continuation.to_json(), ensure_ascii=False) + "\n" for continuation in done]
     write_file(path, "".join(lines).encode())
     notes().print(f"wrote {path}")

@@ -16,7 +16,7 @@ COMMANDS = {
     "bench": "measure sigmoe beside its peers on this machine",
 }
 # Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call.
-_LITERAL = {"generate": "prompt="}
+_LITERAL = {"generate": "prompt"}
 _OPTIONS = """options:
   --help            help; after a COMMAND with every key, its default and every choice
   --cfg             print the composed config and stop
@@ -55,9 +55,8 @@ def _run(command: str, rest: list[str]) -> int:
         head = f"sigmoe {command} key=value ...: {COMMANDS[command]}"
         print("\n\n".join([head, _OPTIONS, describe_command(command)]))  # noqa: T201
         return 0
-    literal = _LITERAL.get(command, "\0")
-    config = compose_command(command, [text for text in overrides if not text.startswith(literal)], config_dir)
-    config |= {literal[:-1]: text.removeprefix(literal) for text in overrides if text.startswith(literal)}
+    literal, overrides = _take_literal(command, overrides)
+    config = compose_command(command, overrides, config_dir) | literal
     if "--cfg" in flags:
         import yaml
 
@@ -65,6 +64,18 @@ def _run(command: str, rest: list[str]) -> int:
         return 0
     importlib.import_module(f".{command}", __package__).run(config)
     return 0
+
+
+def _take_literal(command: str, overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the value that is taken as it stands, by its key, where it is given; and the other overrides."""
+    literal, others = dict[str, str](), list[str]()
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and key == _LITERAL.get(command):
+            literal[key] = value
+        else:
+            others.append(override)
+    return literal, others
 
 
 def _split(rest: list[str]) -> tuple[str | None, list[str], set[str]]:

@@ -9,11 +9,11 @@ from ..moe.data.installed import read_utf8
 
 
 def read_prompts(prompt: str | None, prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Return the prompts of the one source that is given; ValueError names an empty or unreadable one."""
+    """Return the prompts of the one source that is given; ValueError names an empty or unreadable one, or what is no Unicode."""
     match (prompt, prompts, file):
         case (str(), None, None):
             # The line's end comes from the shell, not from the prompt.
-            texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt]
+            texts = [_read_stdin().removesuffix("\n") if prompt == "-" else prompt]
         case (None, Sequence(), None):
             texts = list(prompts)
         case (None, None, str()):
@@ -25,7 +25,19 @@ def read_prompts(prompt: str | None, prompts: Sequence[str] | None, file: str | 
     for number, text in enumerate(texts, 1):
         if not text:
             raise ValueError(f"prompt {number} of {len(texts)} is empty: give it text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, or what stands for a byte that is not UTF-8
+            at = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+            raise ValueError(f"prompt {number} of {len(texts)} is not valid Unicode ({at}): give UTF-8") from error
     return texts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not valid Unicode ({error.reason}): give UTF-8") from error
 
 
 def _read_file(path: Path) -> list[str]:

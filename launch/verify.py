@@ -4,23 +4,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..moe.canonical import expected_shapes
-from ..moe.config import ModelConfig
 from ..moe.data.dataset import open_dataset
 from ..moe.data.progress import Progress
-from ..moe.domains import DomainRegistry
 from ..moe.parsing import from_mapping
-from ..moe.storage.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    check_experts,
-    open_checkpoint,
-    read_manifest,
-    verify_files,
-)
-from ..moe.storage.tensors import TensorReader
-from ..moe.stored import open_model
+from ..moe.storage.checkpoint import MANIFEST, check_experts, read_manifest, verify_files
+from ..moe.storage.tensor_reader import TensorReader
+from ..moe.stored import StoredModel, open_model
 from ..parallel.checkpointer import Checkpointer
 from .console import progress_sink, results
 from .main import main
@@ -59,34 +50,16 @@ def verify_dataset(path: Path) -> None:
 
 
 def verify_checkpoints(target: Path, *, every: bool) -> None:
-    """Verify the checkpoint `target`, or the newest (or `every`) checkpoint of the run that it names."""
+    """Verify the checkpoint or submodel `target`, or the newest (or `every`) checkpoint of the run that it names."""
     for path in find_checkpoints(target, every=every):
-        if (path / "config.json").is_file():
-            verify_submodel(path)
-            continue
         with progress_sink(transient=True) as progress:
-            checkpoint = verify_checkpoint(path, progress)
-        files = checkpoint.manifest["files"]
+            manifest, stored = verify_model(path, progress)
+        files = manifest["files"]
         results().print(
-            f"ok  {path}  step {checkpoint.state.get('step')}  {len(files) + 1} files  "
-            f"{sum(record['size'] for record in files.values()):,} bytes  "
-            f"{len(checkpoint.manifest['experts'])} experts",
+            f"ok  {path}  {stored.format if stored.step is None else f'step {stored.step}'}  {len(files) + 1} files  "
+            f"{sum(record['size'] for record in files.values()):,} bytes  {len(manifest['experts'])} experts",
             soft_wrap=True,
         )
-
-
-def verify_submodel(path: Path) -> None:
-    """Verify a submodel in a format of transformers; ValueError names the first bad file, expert or tensor."""
-    manifest = read_manifest(path)
-    with progress_sink(transient=True) as progress:
-        verify_files(path, manifest, lambda done, total: progress(f"hashing {path.name}", done, total))
-    stored = open_model(path)
-    check_experts(path, manifest, stored.tensors.names())
-    results().print(
-        f"ok  {path}  {stored.format}  {len(manifest['files']) + 1} files  "
-        f"{sum(record['size'] for record in manifest['files'].values()):,} bytes  {len(manifest['experts'])} experts",
-        soft_wrap=True,
-    )
 
 
 def find_checkpoints(path: Path, *, every: bool) -> list[Path]:
@@ -101,33 +74,27 @@ def find_checkpoints(path: Path, *, every: bool) -> list[Path]:
     return [checkpointer.path(step) for step in (steps if every else steps[-1:])]
 
 
-def verify_checkpoint(path: Path, progress: Progress) -> Checkpoint:
-    """Return the checkpoint after every check has passed."""
-    checkpoint = open_checkpoint(path)
-    checkpoint.verify(lambda done, total: progress(f"hashing {path.name}", done, total))
-    try:
-        model = from_mapping(ModelConfig, checkpoint.config.get("model"), "model")
-        expected = expected_shapes(model, DomainRegistry.from_json(checkpoint.registry))
-    except ValueError as error:
-        raise ValueError(f"{path}: config.yaml and registry.json describe no model: {error}") from error
-    for name in sorted(set(expected) ^ set(checkpoint.model.names())):
-        state = "lacks" if name in expected else "holds"
-        raise ValueError(f"{path}/model {state} {name}, unlike its config.yaml and registry.json")
-    for name, shape in expected.items():
-        _check_shape(path / "model", checkpoint.model, name, shape)
-    if checkpoint.optimizer is not None:
-        for name in checkpoint.optimizer.names():
-            parameter, _, kind = name.rpartition(".")
-            if parameter not in expected:
-                raise ValueError(f"{path}/optimizer holds {name}, unlike its config.yaml and registry.json")
-            _check_shape(path / "optimizer", checkpoint.optimizer, name, () if kind == "step" else expected[parameter])
-    return checkpoint
+def verify_model(path: Path, progress: Progress) -> tuple[Mapping[str, Any], StoredModel]:
+    """Return the manifest and the model of a checkpoint or submodel after every check has passed."""
+    manifest = read_manifest(path)
+    verify_files(path, manifest, lambda done, total: progress(f"hashing {path.name}", done, total))
+    stored = open_model(path)
+    check_experts(path, manifest, stored.tensors.names())
+    if (path / "optimizer").is_dir():
+        check_optimizer(path / "optimizer", stored.tensors)
+    return manifest, stored
 
 
-def _check_shape(folder: Path, tensors: TensorReader, name: str, shape: tuple[int, ...]) -> None:
-    held = tensors.shape(name)
-    if held != shape:
-        raise ValueError(f"{folder}: {name} is {list(held)}, config.yaml and registry.json say {list(shape)}")
+def check_optimizer(folder: Path, model: TensorReader) -> None:
+    """Raise ValueError for optimizer state of no parameter of `model`, or of another shape."""
+    parameters, optimizer = set(model.names()), TensorReader(folder, "optimizer")
+    for name in optimizer.names():
+        parameter, _, kind = name.rpartition(".")
+        if parameter not in parameters:
+            raise ValueError(f"{folder} holds {name}, unlike its config.yaml and registry.json")
+        held, wanted = optimizer.shape(name), () if kind == "step" else model.shape(parameter)
+        if held != wanted:
+            raise ValueError(f"{folder}: {name} is {list(held)}, config.yaml and registry.json say {list(wanted)}")
 
 
 if __name__ == "__main__":

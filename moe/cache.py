@@ -18,6 +18,7 @@ class CacheStep:
     """What all layers share in a pass of new tokens."""
 
     start_BS: Tensor
+    goes_on: bool  # whether every sequence goes on in the document that it ends in
     cos_BS1Z: Tensor
     sin_BS1Z: Tensor
     first: int | None  # the earliest position that any query sees; None: nothing is in the cache yet
@@ -25,7 +26,9 @@ class CacheStep:
 
 
 class KeyValueCache:
-    """Keys and values `[B, G, J, C]` of every layer, memory for `capacity` positions taken at once; full, it doubles.
+    """Keys and values `[B, G, J, C]` of every layer, with memory for `capacity` positions; full, it doubles.
+
+    Memory is taken layer by layer, so that growing and `keep` hold but one layer twice.
 
     `length` positions are filled, the same for every sequence: sequences of different lengths are padded on the left,
     and `start_B` is the first position of the document that each sequence ends in.
@@ -43,12 +46,13 @@ class KeyValueCache:
         self.config, self.capacity, self.length = config, capacity, 0
         self.start_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._latest_start = 0
-        shape = (config.num_layers, 2, batch, config.num_kv_heads, capacity, config.head_width)
-        self._layers = list(torch.empty(shape, device=device, dtype=dtype).unbind())
+        shape = (2, batch, config.num_kv_heads, capacity, config.head_width)
+        self._layers = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self._prepare()
 
     def store(self, layer: int, k_BSGC: Tensor, v_BSGC: Tensor) -> None:
         """Put the new positions of one layer behind the filled ones; `advance` counts them after the last layer."""
+        assert k_BSGC.shape[0] == self._layers[layer].shape[1], "another batch than the cache's"
         places = slice(self.length, self.length + k_BSGC.shape[1])
         self._layers[layer][0][:, :, places] = k_BSGC.transpose(1, 2)
         self._layers[layer][1][:, :, places] = v_BSGC.transpose(1, 2)
@@ -65,30 +69,37 @@ class KeyValueCache:
             self._copy(slice(None))
             self._prepare()
 
-    def step(self, start_BS: Tensor) -> CacheStep:
-        """Return what the layers share in a pass of the tokens whose documents begin at `start_BS`."""
-        window, num_new = self.config.sliding_window, start_BS.shape[1]
+    def step(self, num_new: int, start_BS: Tensor | None) -> CacheStep:
+        """Return what the layers share in a pass of `num_new` tokens a sequence, whose documents begin at `start_BS`.
+
+        None: each sequence goes on in the document that it ends in.
+        """
+        window, goes_on = self.config.sliding_window, start_BS is None
+        if start_BS is None:
+            start_BS = self.start_B[:, None].expand(-1, num_new)
         position_BS = torch.arange(self.length, self.length + num_new, device=start_BS.device) - start_BS
         first, bias_B1SJ = None, None
         if self.length > 0:
             first = 0 if window is None else max(0, self.length - window + 1)
             # A single token sees all from `first` on but padding; to know that saves looking for what is hidden.
-            latest = self._latest_start if self._goes_on(start_BS) else int(start_BS.max())
+            latest = self._latest_start if goes_on else int(start_BS.max())
             if num_new > 1 or latest > first:
                 dtype = self._layers[0].dtype
                 bias_B1SJ = cached_bias(start_BS, first, self.length + num_new - first, window, dtype)
         return CacheStep(
             start_BS=start_BS,
+            goes_on=goes_on,
             cos_BS1Z=self._cos_JZ[position_BS].unsqueeze(2),
             sin_BS1Z=self._sin_JZ[position_BS].unsqueeze(2),
             first=first,
             bias_B1SJ=bias_B1SJ,
         )
 
-    def advance(self, start_BS: Tensor) -> None:
-        """Count the new positions, whose documents begin at `start_BS`, as filled."""
-        self.length += start_BS.shape[1]
-        self._start(start_BS[:, -1])
+    def advance(self, step: CacheStep) -> None:
+        """Count the new positions of `step` as filled."""
+        self.length += step.start_BS.shape[1]
+        if not step.goes_on:
+            self._start(step.start_BS[:, -1].clone())  # the caller may fill the tensor again
 
     def keep(self, row_B: Tensor) -> None:
         """Keep the sequences `row_B` alone, in that order."""
@@ -96,12 +107,7 @@ class KeyValueCache:
         self._copy(row_B)
 
     def _start(self, start_B: Tensor) -> None:
-        if not self._goes_on(start_B):
-            self.start_B, self._latest_start = start_B, int(start_B.max())
-
-    def _goes_on(self, start: Tensor) -> bool:
-        """Whether these starts are a view of `start_B`: no look at their values is needed."""
-        return start.data_ptr() == self.start_B.data_ptr()
+        self.start_B, self._latest_start = start_B, int(start_B.max())
 
     def _prepare(self) -> None:
         """Take the angles of all positions."""

@@ -59,6 +59,11 @@ def slot_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_parameter(name: str) -> bool:
+    """Whether a canonical tensor is trained; route tables and selection biases are not, and keep their dtype."""
+    return name.endswith(".weight")
+
+
 def expected_shapes(config: ModelConfig, registry: DomainRegistry) -> dict[str, tuple[int, ...]]:
     """Return the shape of every canonical tensor of such a model, without allocating one."""
     with torch.device("meta"):

@@ -119,6 +119,16 @@ class ModelConfig:
         """Ids of the sparse layers, ascending."""
         return tuple(_sparse_ids(self.sparse_layers, self.num_layers))
 
+    @property
+    def routes_by_domain(self) -> bool:
+        """Whether sparse layers choose experts inside a domain's set."""
+        return self.router.name != "top_k" and bool(self.sparse_layer_ids)
+
+    @property
+    def computes_by_domain(self) -> bool:
+        """Whether a sequence's domain changes what is computed: by its experts, or by its embedding slot."""
+        return self.routes_by_domain or self.num_slots > 1
+
     def build_registry(self, names: tuple[str, ...]) -> DomainRegistry:
         """Give every domain of `names` its expert set and embedding slot; raise ValueError where they don't fit."""
         sets = self.router.sets

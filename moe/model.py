@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.linear import linear, linear_forward, packed
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .attention import SelfAttention
-from .cache import KeyValueCache
+from .cache import CacheStep, KeyValueCache
 from .config import ModelConfig, check_registry
 from .domains import DomainRegistry
 from .experts import DenseFFN, GroupedExperts
@@ -75,9 +75,8 @@ class Decoder(nn.Module):
                 stats.append(layer_stats)
         return self.norm(x_BSD), tuple(stats)
 
-    def extend(self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext, cache: KeyValueCache) -> Tensor:
+    def extend(self, x_BSD: Tensor, step: CacheStep, context: RoutingContext, cache: KeyValueCache) -> Tensor:
         """Return the normed hidden states of tokens that follow those in `cache`."""
-        step = cache.step(start_BS)
         for layer in self.layers:
             assert isinstance(layer, Block)
             x_BSD = layer.extend(x_BSD, step, context, cache)
@@ -143,8 +142,7 @@ class Transformer(nn.Module):
 
     def groups(self, domain_B: Tensor | None) -> tuple[DomainGroup, ...]:
         """Return the batch's sequences by domain; ValueError where the model needs domains, or knows no such id."""
-        needed = self.config.num_slots > 1 or (self.config.router.name != "top_k" and self.config.sparse_layer_ids)
-        if domain_B is None and needed:
+        if domain_B is None and self.config.computes_by_domain:
             raise ValueError(f"this model routes by domain: give domain=, one of {', '.join(self.registry.names)}")
         groups = group_by_domain(domain_B)
         for group in groups:
@@ -193,11 +191,11 @@ class Transformer(nn.Module):
         """
         groups = self.groups(domain_B)
         cache.reserve(token_BS.shape[1])
-        if start_BS is None:
-            start_BS = cache.start_B[:, None].expand_as(token_BS)
-        context = RoutingContext(token_BS=token_BS, groups=groups, index_T=cache.start_B, training=None)
-        x_BSD = self.model.extend(self.embed(token_BS, groups), start_BS, context, cache)
-        cache.advance(start_BS)
+        step = cache.step(token_BS.shape[1], start_BS)
+        index_T = torch.arange(token_BS.numel(), device=token_BS.device)
+        context = RoutingContext(token_BS=token_BS, groups=groups, index_T=index_T, training=None)
+        x_BSD = self.model.extend(self.embed(token_BS, groups), step, context, cache)
+        cache.advance(step)
         parts = [linear_forward(group.of(x_BSD)[:, -1], weight) for group, weight in self._heads(groups)]
         return self._merge(groups, parts)
 

@@ -1,5 +1,6 @@
 """Models as they lie on disk, in whatever format: opened without reading a weight, loaded whole when asked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ class StoredModel:
     @property
     def needs_domain(self) -> bool:
         """Whether it computes differently for different domains, of which it has several."""
-        routed = self.config.router.name != "top_k" and bool(self.config.sparse_layer_ids)
-        return len(self.registry.domains) > 1 and (routed or self.config.num_slots > 1)
+        return len(self.registry.domains) > 1 and self.config.computes_by_domain
 
 
 def open_model(path: Path) -> StoredModel:
@@ -75,9 +75,11 @@ def _of_checkpoint(checkpoint: Checkpoint) -> StoredModel:
     try:
         config = from_mapping(ModelConfig, checkpoint.config.get("model"), "model")
         registry = DomainRegistry.from_json(checkpoint.registry)
-        tensors = _checked(checkpoint.model, config, registry, "sigmoe")
+        shapes = expected_shapes(config, registry)
     except ValueError as error:
-        raise ValueError(f"{path}: config.yaml, registry.json and model/ describe no model: {error}") from error
+        raise ValueError(f"{path}: config.yaml and registry.json describe no model: {error}") from error
+    names = {name: name for name in shapes}
+    tensors = _checked(path / "model", checkpoint.model, names, shapes, "config.yaml and registry.json say")
     length, step = checkpoint.config.get("sequence_length"), checkpoint.state.get("step")
     return StoredModel(
         path=path,
@@ -96,9 +98,12 @@ def _open_hf(path: Path) -> StoredModel:
     try:
         format, config = model_config(data)
         registry = config.build_registry(_domains(path))
-        tensors = _checked(TensorReader(path, "model"), config, registry, format)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    shapes = expected_shapes(config, registry)
+    names = {name: hf_name(format, name) for name in shapes}
+    ignored = ("lm_head.weight",) if config.tie_embeddings else ()
+    tensors = _checked(path, TensorReader(path, "model"), names, shapes, "config.json says", ignored)
     tokenizer = path / "tokenizer.json"
     if not tokenizer.is_file() and path.name == "model":  # of a checkpoint, which has it one level up
         tokenizer = path.parent / "tokenizer.json"
@@ -115,20 +120,26 @@ def _open_hf(path: Path) -> StoredModel:
     )
 
 
-def _checked(tensors: TensorReader, config: ModelConfig, registry: DomainRegistry, format: str) -> TensorReader:
-    """Return `tensors` under canonical names, after every name and shape was compared with the config."""
-    names = {}
-    held = set(tensors.names())
-    for name, shape in expected_shapes(config, registry).items():
-        stored = name if format == "sigmoe" else hf_name(format, name)
-        if stored not in held:
-            raise ValueError(f"the weights lack {stored}, which the config wants")
-        if tensors.shape(stored) != shape:
-            raise ValueError(f"{stored} is {list(tensors.shape(stored))}, the config says {list(shape)}")
-        names[name] = stored
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    for stored in sorted(held - set(names.values()) - ignored):
-        raise ValueError(f"the weights hold {stored}, which the config does not know")
+def _checked(
+    folder: Path,
+    tensors: TensorReader,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    said: str,
+    ignored: tuple[str, ...] = (),
+) -> TensorReader:
+    """Return `tensors` under the canonical `names` (each stored as its value), every name and shape compared.
+
+    `said` begins what an error says of the config; tensors `ignored` may be there as well.
+    """
+    held, wanted = set(tensors.names()), set(names.values())
+    for stored in sorted(wanted - held):
+        raise ValueError(f"{folder} lacks {stored}: {said} that it is there")
+    for stored in sorted(held - wanted - set(ignored)):
+        raise ValueError(f"{folder} holds {stored}: {said} nothing of it")
+    for name, shape in shapes.items():
+        if tensors.shape(names[name]) != shape:
+            raise ValueError(f"{folder}: {names[name]} is {list(tensors.shape(names[name]))}, {said} {list(shape)}")
     return tensors.renamed(names)
 
 

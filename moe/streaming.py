@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels.expert_mlp import expert_mlp
 from .batch import Batch
-from .canonical import canonical_views, slot_of
+from .canonical import canonical_views, is_parameter, slot_of
 from .layer import Block, MoELayer
 from .model import Transformer
 from .routing import DomainGroup, RoutingContext
@@ -162,7 +162,7 @@ class StreamedModel:
     def _read(self, name: str, target: Tensor) -> None:
         """Read a tensor into `target`, rounded."""
         self._tensors.read_into(name, target)
-        if self._rounding is not None and target.is_floating_point():
+        if self._rounding is not None and is_parameter(name):
             target.copy_(target.to(self._rounding))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.canonical import canonical_tensors, canonical_views
-from ..moe.storage.tensors import NamedTensor
+from ..moe.storage.tensors import named_tensors
 from .engine import NamedState, OptimizerConfig, StepResult, TensorSource
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -68,18 +68,12 @@ class LocalEngine:
     def named_state(self) -> NamedState:
         """Return masters and buffers, and moments and step of each parameter, read lazily."""
         tensors = canonical_tensors(self.model) | self.masters
-        model = {name: _named(tensor) for name, tensor in tensors.items()}
-        optimizer = {
-            f"{name}.{moment}": _named(self.optimizer.state[master][moment])
-            for name, master in self.masters.items()
-            for moment in _MOMENTS
-        }
-        return NamedState(model=model, optimizer=optimizer)
+        return NamedState(model=named_tensors(tensors), optimizer=named_tensors(self._moments()))
 
     def load_named_state(self, model: TensorSource, optimizer: TensorSource | None) -> None:
         """Copy a state in; without `optimizer` the moments and steps start from zero."""
         tensors = canonical_tensors(self.model) | self.masters
-        moments = {f"{n}.{m}": self.optimizer.state[p][m] for n, p in self.masters.items() for m in _MOMENTS}
+        moments = self._moments()
         check_source(tensors, model)
         if optimizer is not None:
             check_source(moments, optimizer)
@@ -111,6 +105,9 @@ class LocalEngine:
                 "exp_avg_sq": torch.zeros_like(master),
             }
         return optimizer
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {f"{n}.{m}": self.optimizer.state[p][m] for n, p in self.masters.items() for m in _MOMENTS}
 
     def _canonical_gradients(self) -> dict[str, Tensor]:
         """Return fp32 gradients of what trains, zeros where backward reached a parameter not at all."""
@@ -154,7 +151,3 @@ def check_source(wanted: Mapping[str, Tensor], source: TensorSource) -> None:
     left_over = sorted(names - set(wanted))
     if left_over:
         raise ValueError(f"the checkpoint holds {left_over[0]}, the model does not: change the model config back")
-
-
-def _named(tensor: Tensor) -> NamedTensor:
-    return NamedTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, read=tensor.detach)

@@ -16,7 +16,7 @@ def unigram_bits_per_byte(dataset: Dataset, domain: str, max_tokens: int | None 
     The model is p(v) = (n_v + 1) / (n + V), counted over the domain's training tokens. The convention is that of
     evaluation, over the very same tokens: the loss is summed over labelled tokens, which is every token of a document
     but its first (so the end-of-text token counts, with 0 bytes), and divided by the UTF-8 bytes that exactly those
-    tokens stand for (NaN where those are none). `max_tokens` as in `BatchLoader.heldout_batches`.
+    tokens stand for (NaN where those are none). `max_tokens` as in `heldout_batches`.
     """
     count_V = dataset.token_counts(domain).numpy().astype(np.float64)
     bits_V = math.log2(count_V.sum() + len(count_V)) - np.log2(count_V + 1)

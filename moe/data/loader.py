@@ -35,12 +35,6 @@ class BatchLoader:
             self._streams[domain].fill(ordinal, Rows(*(array[row] for array in arrays)))
         return _to_batch(arrays, domain_B, np.arange(indices.start, indices.stop))
 
-    def heldout_batches(self, domain: str, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yield the held-out documents of `domain`; see the function `heldout_batches`."""
-        return heldout_batches(
-            self.dataset, domain, batch_size=batch_size, sequence_length=self.sequence_length, max_tokens=max_tokens
-        )
-
     def tokens_seen(self, consumed_samples: int) -> dict[str, int]:
         """Return the training tokens of each domain in the first `consumed_samples` samples."""
         counts = self.sampler.counts(consumed_samples)

@@ -1,15 +1,19 @@
 """Exact extraction: the submodel of some domains, cut out of a model tensor by tensor and proved equal to it."""
 
+from .in_transformers import TransformersCheck, check_in_transformers
 from .plan import Piece, Submodel, plan_submodel
-from .report import describe, identity
+from .report import REPORT_VERSION, describe, identity
 from .verify import DomainCheck, verify_domain, verify_tensors
 from .write import Extraction, formula_bytes, planned_bytes, write_submodel
 
 __all__ = [
+    "REPORT_VERSION",
     "DomainCheck",
     "Extraction",
     "Piece",
     "Submodel",
+    "TransformersCheck",
+    "check_in_transformers",
     "describe",
     "formula_bytes",
     "identity",

@@ -13,7 +13,6 @@ from ..canonical import expected_shapes, expert_of
 from ..config import ModelConfig, num_experts
 from ..domains import Domain, DomainRegistry
 from ..hf.names import dense_name
-from ..stored import ANY_DOMAIN
 
 _GATE = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.gate\.(\w+)$")
 _SLOT = re.compile(r"^(model\.embed_tokens|lm_head)\.(?:slots\.(\d+)\.)?weight$")
@@ -43,8 +42,7 @@ def plan_submodel(config: ModelConfig, registry: DomainRegistry, names: Sequence
     model: its gate would weigh that expert with 1. Raises ValueError for an unknown domain, one named twice, or a
     learned gate over all experts, which no domain's experts can be told from where there are several.
     """
-    learned = config.router.name == "top_k" and bool(config.sparse_layer_ids)
-    if learned and (len(registry.domains) > 1 or registry.names == (ANY_DOMAIN,)):
+    if config.sparse_layer_ids and not config.routes_by_domain and len(registry.domains) > 1:
         raise ValueError(
             "its router is top_k, one gate over the experts of all domains: no domain can be cut out exactly (train "
             "with router=domain_top_k or router=rre for that)"

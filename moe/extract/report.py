@@ -13,7 +13,7 @@ from .plan import Submodel
 from .verify import DomainCheck
 from .write import Extraction, formula_bytes
 
-FORMAT_VERSION = 1
+REPORT_VERSION = 1
 
 
 def describe(
@@ -30,7 +30,7 @@ def describe(
     """
     weights = [record.size for name, record in records.items() if name.endswith(".safetensors")]
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": REPORT_VERSION,
         "domains": list(submodel.registry.names),
         "format": extraction.format,
         "reason": extraction.reason,

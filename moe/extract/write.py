@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..canonical import is_parameter
 from ..config import num_experts
 from ..counts import count_parameters
 from ..data.tokenizer import END_OF_TEXT, PADDING, parse_tokenizer, special_id
@@ -67,8 +68,8 @@ def write_submodel(
     if format is None:
         write_content(directory, _sigmoe_content(parent, submodel, writer.tensors))
     else:
-        write_tensors(directory, ".", "model", writer.tensors)
         _write_hf_files(directory, parent, submodel, format, writer.dtype)
+        write_tensors(directory, ".", "model", writer.tensors)
     kept = tuple(sorted(writer.kept, key=lambda tensor: natural_order(tensor.name)))
     return Extraction(
         format=format or "sigmoe", reason=reason, dtype=writer.dtype, num_bytes=writer.num_bytes, kept=kept
@@ -146,11 +147,6 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if dtype == torch.float16 != tensor.dtype and bool(rounded.isinf().any()) and not bool(tensor.isinf().any()):
         raise ValueError(f"{name} holds numbers beyond the range of fp16: choose dtype=bf16")
     return rounded
-
-
-def is_parameter(name: str) -> bool:
-    """Whether the tensor is trained; route tables and selection biases are not, and keep their dtype."""
-    return name.endswith(".weight")
 
 
 def hash_tensor(tensor: Tensor) -> str:

@@ -1,11 +1,12 @@
 """config.json of a transformers model -> our config; what would change the arithmetic and we lack is refused."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from ..config import ModelConfig, RouterConfig
 from .formats import HF_FORMATS, HFFormat
 
+ItemT = TypeVar("ItemT", int, str)
 _MISSING = object()
 # What must stand in config.json as given here, or not at all.
 _FIXED: dict[str, Any] = {
@@ -67,7 +68,7 @@ def _router(data: Mapping[str, Any], format: str) -> RouterConfig:
 def _sparse_layers(data: Mapping[str, Any]) -> str:
     """The spec of ModelConfig for Qwen3-MoE's decoder_sparse_step and mlp_only_layers."""
     num_layers, step = _whole(data, "num_hidden_layers"), _whole(data, "decoder_sparse_step", 1)
-    dense = data.get("mlp_only_layers") or []
+    dense = _list(data, "mlp_only_layers", int)
     sparse = [i for i in range(num_layers) if i not in dense and (i + 1) % max(step, 1) == 0]
     if len(sparse) == num_layers:
         return "all"
@@ -91,7 +92,7 @@ def _window(data: Mapping[str, Any], format: str) -> int | None:
     if format.startswith("qwen3"):
         if not _flag(data, "use_sliding_window", False):
             return None
-        kinds = set(data.get("layer_types") or ["sliding_attention"])
+        kinds = set(_list(data, "layer_types", str) or ["sliding_attention"])
         if kinds != {"sliding_attention"} or _whole(data, "max_window_layers", 0) != 0:
             raise ValueError("its layers differ in their attention window; sigmoe reads one window for all, or none")
     window = data.get("sliding_window", 4096 if format == "mistral" else None)
@@ -122,4 +123,13 @@ def _flag(data: Mapping[str, Any], key: str, default: bool) -> bool:
     value = data.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def _list(data: Mapping[str, Any], key: str, kind: type[ItemT]) -> list[ItemT]:
+    value = data.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or any(type(item) is not kind for item in value):
+        raise ValueError(f"{key} must be a list of {'whole numbers' if kind is int else 'texts'}, got {value!r}")
     return value

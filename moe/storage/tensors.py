@@ -24,6 +24,7 @@ __all__ = [
     "NamedTensor",
     "TensorFile",
     "TensorReader",
+    "named_tensors",
     "natural_order",
     "plan_files",
     "write_tensor_file",
@@ -46,6 +47,11 @@ class NamedTensor(NamedTuple):
     def num_bytes(self) -> int:
         """Size of the data."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def named_tensors(tensors: Mapping[str, Tensor]) -> dict[str, NamedTensor]:
+    """Return tensors that are in memory, each to be written as it stands then."""
+    return {name: NamedTensor(tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()}
 
 
 class TensorFile(NamedTuple):

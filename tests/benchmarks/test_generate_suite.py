@@ -28,6 +28,10 @@ def test_another_text_is_an_error():
     check_texts(same)
     with pytest.raises(OSError, match="eager writes another text than sigmoe: prompt 0, token 1"):
         check_texts(same | {"eager": answers(2.0, texts=((1, 3),))})
+    for length in (1, 3):
+        place = min(length, 2)
+        with pytest.raises(OSError, match=f"prompt 0, token {place}"):
+            check_texts(same | {"eager": answers(2.0, texts=((1, 2, 3)[:length],))})
 
 
 def test_both_write_the_same_texts():

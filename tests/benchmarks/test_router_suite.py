@@ -23,7 +23,7 @@ def settings(**changes):
 
 
 def result(a, b, **changes):
-    sizes = {"seconds": 2.0, "load": 1.5, "total": 1000, "active": 100, "submodel": 500}
+    sizes = {"load": 1.5, "total": 1000, "active": 100, "submodel": 500}
     return RunResult(**{"loss": {"a": a, "b": b}, "bits_per_byte": {"a": a / 2, "b": b / 2}, **sizes, **changes})
 
 

@@ -14,7 +14,7 @@ import torch
 from kill_at import fork, install
 
 from sigmoe.moe.storage.checkpoint import CheckpointContent, open_checkpoint
-from sigmoe.moe.storage.tensors import NamedTensor
+from sigmoe.moe.storage.tensors import named_tensors
 from sigmoe.parallel.checkpointer import Checkpointer
 
 KEEP = 2
@@ -23,7 +23,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.{}.w{}.weight"
 
 def content(value):
     tensors = {EXPERT.format(e, w): torch.full((3, 2), value + e + w / 10) for e in range(2) for w in (1, 2, 3)}
-    model = {name: NamedTensor(tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()}
+    model = named_tensors(tensors)
     return CheckpointContent(
         model=model,
         optimizer={f"{name}.exp_avg": tensor for name, tensor in model.items()},

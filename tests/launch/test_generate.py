@@ -78,6 +78,29 @@ def test_many_prompts(say, tmp_path, monkeypatch):
     assert say("prompt=-", f"domain={kept[0][0]['domain']}", "max_tokens=4")[1] == kept[0][0]["text"] + "\n"
 
 
+def test_stdin_that_is_not_utf8(say, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    code, _, told = say("prompt=-", "domain=ships")
+    assert code == 2
+    assert "the prompt on stdin is not valid Unicode" in told
+
+
+def test_a_link_is_no_place_and_nothing_is_generated(say, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    code, _, told = say("prompt=sail", "domain=ships", f"out={tmp_path}/link")
+    assert code == 2
+    assert "is a link or a directory: give another out=" in told
+    assert "tokens after" not in told
+
+
+def test_tokens_are_counted_where_no_text_is_streamed(say, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    words = ["domain=ships", "max_tokens=4"]
+    assert "8/8" in say("prompts=[sail the,bake a cake]", *words)[2]
+    assert "4/4" in say("prompt=sail the", "stream=false", *words)[2]
+    assert "4/4" not in say("prompt=sail the", *words)[2]
+
+
 def test_a_model_that_transformers_reads(dataset, say, tmp_path):
     out = tmp_path / "mixtral"
     router = ["router=top_k", "router.num_experts=2"]
@@ -110,7 +133,9 @@ MISTAKES = {
     ("prompt=a", "domain=ships", "max_tokens=0"): "max_tokens must be at least 1",
     ("prompt=a", "domain=ships", "batch=0"): "batch must be at least 1",
     ("prompt=a", "domain=ships", "threads=0"): "threads must be at least 1",
-    ("prompt=a", "domain=ships", "out=."): "out=. is a folder",
+    ("prompt=a", "domain=ships", "out=."): "out=.: . is a link or a directory: give another out=",
+    ("prompt=a", "domain=ships", "out=/dev/null/a"): "/dev/null is no directory that can be written to",
+    ("prompt=a \udcff", "domain=ships"): "prompt 1 of 1 is not valid Unicode (U+DCFF at character 3): give UTF-8",
 }
 
 
@@ -129,6 +154,7 @@ def test_mistakes_are_one_line(say, words, tmp_path, monkeypatch):
     [
         ("a.jsonl", '{"text": "a"}\n{', "line 2 is no JSON"),
         ("a.jsonl", '{"txt": "a"}', "line 1 is no object with a field text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "prompt 2 of 2 is not valid Unicode (U+D800 at character 1)"),
         ("a.txt", " \n", "there are no prompts"),
     ],
 )

@@ -171,8 +171,7 @@ def test_moments_have_the_shapes_of_their_parameters(verify, run):
     ):
         changed = tensors | dict([change])
         with durable_directory(run / "changed", replace=True) as directory:
-            named = {name: NamedTensor(tuple(t.shape), t.dtype, t.detach) for name, t in changed.items()}
-            write_tensors(directory, "optimizer", "optimizer", named)
+            write_tensors(directory, "optimizer", "optimizer", named_tensors(changed))
         for name in directory.records:
             shutil.copy(run / "changed" / name, path / name)
             vouch_for(path, name)

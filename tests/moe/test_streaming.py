@@ -13,7 +13,7 @@ from sigmoe.moe.model import Transformer
 from sigmoe.moe.parsing import to_mapping
 from sigmoe.moe.route_table import fill_route_tables
 from sigmoe.moe.storage.checkpoint import CheckpointContent, write_checkpoint
-from sigmoe.moe.storage.tensors import NamedTensor
+from sigmoe.moe.storage.tensors import named_tensors
 from sigmoe.moe.stored import load_model, open_model
 from sigmoe.moe.streaming import StreamedModel
 
@@ -44,7 +44,7 @@ def write_model(path, router, **changes):
         if name.endswith("bias"):
             tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
     content = CheckpointContent(
-        model={name: NamedTensor(tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()},
+        model=named_tensors(tensors),
         optimizer={},
         state={"step": 1},
         config={"model": to_mapping(config), "sequence_length": 16},

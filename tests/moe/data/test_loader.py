@@ -5,7 +5,7 @@ import torch
 from sigmoe.moe.batch import IGNORED
 from sigmoe.moe.data.baseline import heldout_label_counts, unigram_bits_per_byte
 from sigmoe.moe.data.dataset import Dataset
-from sigmoe.moe.data.loader import BatchLoader
+from sigmoe.moe.data.loader import BatchLoader, heldout_batches
 from sigmoe.moe.data.sampling import Phase, Sampler
 
 SIZE = 16
@@ -58,7 +58,9 @@ def test_consumption_is_counted(loader: BatchLoader) -> None:
 @pytest.mark.parametrize("max_tokens", [None, 1, 37, SIZE, 100, 10**9])
 def test_heldout_labels_are_each_token_once(loader: BatchLoader, max_tokens: int | None) -> None:
     for name in loader.dataset.domain_names:
-        batches = list(loader.heldout_batches(name, 3, max_tokens))
+        batches = list(
+            heldout_batches(loader.dataset, name, batch_size=3, sequence_length=SIZE, max_tokens=max_tokens)
+        )
         label = torch.cat([batch.label_BS.flatten() for batch in batches])
         count_V = torch.bincount(label[label != IGNORED], minlength=loader.dataset.vocab_size)
         assert np.array_equal(count_V.numpy(), heldout_label_counts(loader.dataset, name, max_tokens))
@@ -75,7 +77,7 @@ def test_heldout_labels_are_each_token_once(loader: BatchLoader, max_tokens: int
 
 
 def test_padding_starts_its_own_document(loader: BatchLoader) -> None:
-    *_, last = loader.heldout_batches("fruit", 4, 5)
+    *_, last = heldout_batches(loader.dataset, "fruit", batch_size=4, sequence_length=SIZE, max_tokens=5)
     assert last.start_BS[0, 5:].tolist() == [5] * (SIZE - 5)
     assert last.start_BS[1:].tolist() == [[0] * SIZE] * 3
 
@@ -102,4 +104,4 @@ def test_wrong_use_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match="sequence_length"):
         BatchLoader(dataset, sampler, 1, seed=0)
     with pytest.raises(ValueError, match="unknown domain 'x'; known domains: fruit, law, code"):
-        next(BatchLoader(dataset, sampler, SIZE, seed=0).heldout_batches("x", 1))
+        next(heldout_batches(dataset, "x", batch_size=1, sequence_length=SIZE))

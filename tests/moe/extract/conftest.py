@@ -17,7 +17,7 @@ from sigmoe.moe.parsing import to_mapping
 from sigmoe.moe.route_table import fill_route_tables
 from sigmoe.moe.storage.checkpoint import CheckpointContent, write_checkpoint
 from sigmoe.moe.storage.durable import durable_directory
-from sigmoe.moe.storage.tensors import NamedTensor
+from sigmoe.moe.storage.tensors import named_tensors
 from sigmoe.moe.stored import StoredModel, open_model, open_unfinished
 
 # dim * expert_dim is no multiple of 4: an expert lies aligned differently in the submodel's stack, and the bits of a
@@ -77,7 +77,7 @@ def write_parent(dataset, folder):
             if name.endswith("bias"):
                 tensor.normal_(std=0.2, generator=random)
         content = CheckpointContent(
-            model={name: NamedTensor(tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()},
+            model=named_tensors(tensors),
             optimizer={},
             state={"step": 7},
             config={"model": to_mapping(config), "sequence_length": 32},

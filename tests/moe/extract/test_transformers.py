@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sigmoe.moe.config import RouterConfig
+from sigmoe.moe.extract.in_transformers import compare_logits, greedy_in_transformers, load_in_transformers
 from sigmoe.moe.generation.generate import GenerationConfig, generate
-from sigmoe.moe.hf.compare import compare_logits, greedy_in_transformers, load_in_transformers
 from sigmoe.moe.hf.config import config_json
 from sigmoe.moe.hf.read import model_config as read_config
 from sigmoe.moe.stored import load_model, open_unfinished

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sigmoe.moe.config import RouterConfig
 from sigmoe.moe.data.dataset import open_dataset
 from sigmoe.moe.extract import formula_bytes, verify_domain, verify_tensors
-from sigmoe.moe.stored import open_unfinished
+from sigmoe.moe.stored import open_model, open_unfinished
 
 LEARNED = RouterConfig(name="domain_top_k", sets={"recipes": 3, "ships": 2}, balance="bias")
 TABLE = RouterConfig(name="rre", sets={"recipes": (0, 1, 2), "ships": (1, 3)}, top_k=1, balance="none")
@@ -130,6 +130,26 @@ def test_rounded_parameters_equal_the_rounded_parent(change, texts, router, name
         n: kept[n.rpartition(".")[2]] for n in held if not n.endswith("weight")
     }
     assert made.extraction.num_bytes == formula_bytes(made.plan, dtype)
+
+
+def test_selection_biases_are_not_rounded(change, texts):
+    """They decide by differences that bf16, in steps of 2 at this size, does not hold."""
+
+    def edit(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("bias"):
+                tensor.copy_(300 + torch.arange(len(tensor)) / 2)
+
+    parent, made = change(LEARNED, edit, dtype=torch.bfloat16)
+    (path,) = (parent.path / "model").glob("*.safetensors")
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("bias"):
+            layer = int(name.split(".")[2])
+            experts = parent.registry.domains[0].experts[parent.config.sparse_layer_ids.index(layer)]
+            tensor[list(experts)] = 300 + torch.arange(len(experts)) / 2
+    save_file(tensors, path)
+    assert difference(open_model(parent.path), made, texts, rounding=torch.bfloat16) == 0
 
 
 def test_config_json_names_the_dtype(write_parent, cut, model_config):

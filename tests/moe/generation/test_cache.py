@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sigmoe.moe.cache import KeyValueCache
+from sigmoe.moe.generation.generate import left_padded
 
 VARIANTS = {
     "plain": {},
@@ -30,18 +31,11 @@ def alone(model, tokens, domain):
     return model(torch.tensor([tokens]), domain_B=domain[None]).logits_BSV[0, -1]
 
 
-def left_padded(prompts):
-    width = max(map(len, prompts))
-    token_BS = torch.tensor([[7] * (width - len(prompt)) + prompt for prompt in prompts])
-    start_B1 = torch.tensor([[width - len(prompt)] for prompt in prompts])
-    return token_BS, start_B1.where(torch.arange(width) >= start_B1, 0)
-
-
 def assert_cached_is_uncached(model, prompts, domain_B, pieces):
     torch.manual_seed(4)
     rows = [list(prompt) for prompt in prompts]
     cache = KeyValueCache(model.config, batch=len(rows), capacity=max(map(len, rows)) + sum(pieces))
-    token_BS, start_BS = left_padded(rows)
+    token_BS, start_BS = left_padded(rows, 7)
     logits_BV = model.extend(token_BS, cache, start_BS=start_BS, domain_B=domain_B)
     for piece in (*pieces, 0):
         for row, tokens in enumerate(rows):
@@ -85,10 +79,37 @@ def test_a_document_after_another(build):
     assert relative(got[0], alone(model, [6], domain_B[0])) < 1e-5
 
 
+def test_a_buffer_of_starts_may_be_filled_again(build):
+    model, start_B1 = build("top_k"), torch.zeros(1, 1, dtype=torch.int64)
+    cache = KeyValueCache(model.config, batch=1, capacity=4)
+    for token in (3, 4):
+        model.extend(torch.tensor([[token]]), cache, start_BS=start_B1)
+    start_B1.fill_(2)
+    model.extend(torch.tensor([[5]]), cache, start_BS=start_B1)
+    start_B1.fill_(0)
+    got = model.extend(torch.tensor([[6]]), cache)
+    assert relative(got[0], alone(model, [5, 6], DOMAINS[0])) < 1e-5
+
+
+def test_another_batch_than_the_caches_is_an_error(build):
+    model = build("top_k")
+    cache = KeyValueCache(model.config, batch=2, capacity=4)
+    with pytest.raises(AssertionError, match="another batch"):
+        model.extend(torch.tensor([[3]]), cache, start_BS=torch.tensor([[0]]))
+
+
+def test_memory_is_taken_layer_by_layer(build):
+    cache = KeyValueCache(build("top_k").config, batch=2, capacity=4)
+    for change in (lambda: None, lambda: cache.reserve(5), lambda: cache.keep(torch.tensor([1]))):
+        change()
+        layers = [cache.stored(layer, 0, 1)[0] for layer in range(cache.config.num_layers)]
+        assert len({layer.untyped_storage().data_ptr() for layer in layers}) == len(layers) > 1
+
+
 def test_kept_rows_go_on_alone(build, prompts):
     model = build("rre")
     cache = KeyValueCache(model.config, batch=4, capacity=30)
-    token_BS, start_BS = left_padded(prompts)
+    token_BS, start_BS = left_padded(prompts, 7)
     model.extend(token_BS, cache, start_BS=start_BS, domain_B=DOMAINS)
     kept = torch.tensor([3, 1])
     cache.keep(kept)

@@ -185,10 +185,7 @@ def test_the_auxiliary_loss_matters_to_the_gate(tmp_path):
 
 
 def write(model, folder, description):
-    tensors = {
-        name: NamedTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, read=lambda tensor=tensor: tensor)
-        for name, tensor in canonical_tensors(model).items()
-    }
+    tensors = named_tensors(canonical_tensors(model))
     with durable_directory(folder) as directory:
         write_tensors(directory, "model", "model", tensors, max_file_bytes=200_000)
         directory.write("model/config.json", json.dumps(description).encode())

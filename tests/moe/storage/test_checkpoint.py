@@ -38,10 +38,6 @@ def model_tensors():
     return {name: torch.randn(3, 4, generator=generator) for name in names}
 
 
-def named(tensors):
-    return {name: NamedTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
-
-
 def optimizer_tensors(model):
     moments = {f"{name}.exp_avg": tensor * 0.1 for name, tensor in model.items()}
     return {**moments, **{f"{name}.step": torch.tensor(3.0) for name in model}}
@@ -50,8 +46,8 @@ def optimizer_tensors(model):
 def content(**changes):
     model = model_tensors()
     whole = CheckpointContent(
-        model=named(model),
-        optimizer=named(optimizer_tensors(model)),
+        model=named_tensors(model),
+        optimizer=named_tensors(optimizer_tensors(model)),
         state={"step": 3, "consumed_samples": 24, "balance_fractions": {"0": [0.25, 1 / 3]}, "name": "汉字"},
         config={"model": {"dim": 4, "router": {"name": "top_k"}}, "phases": [{"until": None}], "a": 1, "text": "汉字"},
         registry={"domains": [{"name": "a", "id": 0, "slot": 0, "experts": [[0, 1]]}]},
@@ -165,7 +161,7 @@ def test_the_estimate_of_the_size_is_enough(written):
 
 def test_the_estimate_is_enough_for_many_small_tensors_with_long_names(tmp_path):
     names = [f"model.layers.{i}.block_sparse_moe.experts.{i}.w1.weight.exp_avg_sq" for i in range(8000)]
-    whole = content(optimizer=named(dict.fromkeys(names, torch.zeros(1))))
+    whole = content(optimizer=named_tensors(dict.fromkeys(names, torch.zeros(1))))
     write_checkpoint(tmp_path / "many", whole)
     actual = sum(path.stat().st_size for path in (tmp_path / "many").rglob("*") if path.is_file())
     assert actual <= checkpoint_bytes(whole)
@@ -330,7 +326,7 @@ def test_each_global_expert_is_there_exactly_once(checkpoint, tmp_path, change, 
     tensors = model_tensors()
     change(tensors)
     with durable_directory(tmp_path / "other") as directory:
-        write_tensors(directory, "model", "model", named(tensors))
+        write_tensors(directory, "model", "model", named_tensors(tensors))
     for name in directory.records:
         shutil.copy(tmp_path / "other" / name, checkpoint / name)
         vouch_for(checkpoint, name)

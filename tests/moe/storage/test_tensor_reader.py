@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from sigmoe.moe.storage.durable import durable_directory
 from sigmoe.moe.storage.tensor_format import load_json, read_header
 from sigmoe.moe.storage.tensor_reader import TensorReader
-from sigmoe.moe.storage.tensors import NamedTensor, write_tensors
+from sigmoe.moe.storage.tensors import named_tensors, write_tensors
 
 FILE = "model-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def write_model(path, tensors, **options):
-    named = {name: NamedTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
     with durable_directory(path) as directory:
-        write_tensors(directory, "model", "model", named, **options)
+        write_tensors(directory, "model", "model", named_tensors(tensors), **options)
     return path / "model"
 
 

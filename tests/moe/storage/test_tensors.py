@@ -18,13 +18,9 @@ from sigmoe.moe.storage.tensor_format import DTYPE_NAMES, read_header
 from sigmoe.moe.storage.tensors import NamedTensor, TensorReader, natural_order, plan_files, write_tensors
 
 
-def named(tensors):
-    return {name: NamedTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
-
-
 def write(path, tensors, **options):
     with durable_directory(path) as directory:
-        write_tensors(directory, "model", "model", named(tensors), **options)
+        write_tensors(directory, "model", "model", named_tensors(tensors), **options)
     return directory.records
 
 

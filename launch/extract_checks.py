@@ -1,0 +1,138 @@
+"""What `sigmoe extract` is given, and what it checks before it writes and after."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..moe.data.dataset import Dataset, open_dataset
+from ..moe.data.loader import heldout_batches
+from ..moe.extract import REPORT_VERSION, Submodel, TransformersCheck, check_in_transformers
+from ..moe.hf.formats import choose_format
+from ..moe.storage.checkpoint import MANIFEST, load_yaml, read_manifest, verify_files
+from ..moe.stored import EXTRACTION, StoredModel, read_json
+from .console import notes, progress_sink
+from .models import check_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS = ".safetensors"
+_TOLERANCE = 1e-5  # of the largest logit, between transformers' arithmetic and ours
+_COMPARED = 256  # positions of a sequence that both are given
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractCommand:
+    """The keys of `sigmoe extract`."""
+
+    checkpoint: str
+    domain: str | tuple[str, ...]
+    out: str
+    format: Literal["auto", "sigmoe"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    verify: int = 100_000  # held-out tokens a domain
+    dataset: str | None = None
+    check: bool = True
+    transformers: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.verify < 0 or (self.threads is not None and self.threads < 1):
+            raise ValueError(f"verify must be at least 0 and threads at least 1, got {self.verify} and {self.threads}")
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains' names."""
+        return (self.domain,) if isinstance(self.domain, str) else self.domain
+
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """What parameters are rounded to."""
+        return None if self.dtype is None else _DTYPES[self.dtype]
+
+
+def require_transformers(command: ExtractCommand, submodel: Submodel) -> None:
+    """Raise ValueError where transformers could not read the result, or there would be no text to compare on."""
+    choice = choose_format(submodel.config, submodel.registry)
+    if choice.format is None or command.format == "sigmoe":
+        reason = "format=sigmoe asks for sigmoe's format" if command.format == "sigmoe" else choice.reason
+        raise ValueError(f"transformers=true, but transformers cannot read this submodel: {reason}")
+    if not command.verify:
+        raise ValueError("transformers=true compares on held-out text: give verify= above 0")
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("transformers is not installed: pip install 'sigmoe[hf]', or transformers=false")
+
+
+def open_in_transformers(child: StoredModel, dataset: Dataset, domain: str) -> TransformersCheck:
+    """Compare what transformers makes of the submodel on held-out text; ValueError where it is another model."""
+    notes().print("opening the submodel in transformers")
+    length = min(child.sequence_length or _COMPARED, _COMPARED)
+    batch = next(heldout_batches(dataset, domain, batch_size=8, sequence_length=length))
+    special = {"end_of_text": dataset.end_of_text, "padding": dataset.padding}
+    check = check_in_transformers(child, batch.token_BS, new_tokens=32, **special)
+    if check.max_relative_difference > _TOLERANCE:
+        raise ValueError(
+            f"logits in transformers {check.version} differ by {check.max_relative_difference:g} of the largest, above "
+            f"{_TOLERANCE:g}: nothing was kept; transformers=false leaves the comparison out"
+        )
+    return check
+
+
+def report_of_the_same(
+    command: ExtractCommand, out: Path, parent: str | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
+    advice = "remove it or give another out="
+    if parent is None:
+        raise ValueError(f"out={out} exists already, and a parent without {MANIFEST} cannot be told again: {advice}")
+    refusal = ValueError(f"out={out} exists already and is another model: {advice}")
+    if not (out / EXTRACTION).is_file() or not (out / MANIFEST).is_file():
+        raise refusal
+    verify_files(out, read_manifest(out), lambda done, total: None)
+    report = read_json(out / EXTRACTION)
+    if report.get("format_version") != REPORT_VERSION or report["parent"]["identity"] != parent:
+        raise refusal
+    if any(report[key] != value for key, value in settings.items()):
+        raise refusal
+    if report["verify"] < command.verify or (command.transformers and "transformers" not in report):
+        wanted = f"verify={command.verify}" if report["verify"] < command.verify else "transformers=true"
+        raise ValueError(f"out={out} holds this very extraction, made without {wanted}: {advice}")
+    return report
+
+
+def open_heldout(command: ExtractCommand, parent: StoredModel) -> Dataset:
+    """Open the dataset to verify with: the one given, or the one that the parent's run was trained on."""
+    path = command.dataset
+    run_config = parent.path.resolve().parent.parent / "config.yaml"
+    if path is None and run_config.is_file():
+        recorded = load_yaml(run_config)
+        path = recorded.get("dataset") if isinstance(recorded, Mapping) else None
+    if not isinstance(path, str):
+        raise ValueError("missing key dataset: give the held-out text to verify with, dataset=DIR (or verify=0)")
+    dataset = open_dataset(Path(path).expanduser())
+    check_tokenizer(command.checkpoint, parent, dataset)
+    for name in command.domains:
+        tokens = dataset.domain(name).heldout.num_tokens
+        if tokens < command.verify:
+            notes().print(f"{name} has {tokens:,} held-out tokens, fewer than verify={command.verify:,}: all are taken")
+    return dataset
+
+
+def check_parent(parent: StoredModel, submodel: Submodel) -> None:
+    """Hash the parent's files that will be read; a damaged one must not be cut up unseen."""
+    if not (parent.path / MANIFEST).is_file():
+        notes().print(f"{parent.path} has no {MANIFEST}: its files are taken as they are")
+        return
+    manifest = read_manifest(parent.path)
+    weights = {parent.tensors.file(piece.source) for piece in submodel.pieces.values()}
+    # Of the small files config and registry decide what is cut; the optimizer's state plays no part.
+    small = {name for name in manifest["files"] if not name.startswith("optimizer/") and Path(name).suffix != _WEIGHTS}
+    with progress_sink(transient=True) as progress:
+        verify_files(
+            parent.path,
+            manifest,
+            lambda done, total: progress("checking the parent", done, total),
+            only={str(file.relative_to(parent.path)) for file in weights} | small,
+        )
