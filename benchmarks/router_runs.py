@@ -7,7 +7,6 @@ import math
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..moe.data.progress import Progress
 from ..moe.parsing import from_mapping
 from ..moe.storage.checkpoint import Checkpoint, open_checkpoint
 from ..parallel.checkpointer import Checkpointer
+from .worker import start_module
 
 Contender = Literal["dense", "top_k", "domain_top_k", "rre"]
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
@@ -130,10 +130,8 @@ def run_keys(
 
 def _train(overrides: Sequence[str], directory: Path, on_step: Callable[[int], None]) -> None:
     """Run `sigmoe train` to its end; stopped in between, it saves first."""
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "sigmoe.launch.train", *overrides]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
-        # -P and another folder keep the package root off sys.path, where our `kernels` would shadow Hugging Face's.
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told, cwd=tempfile.gettempdir())
+        process = start_module("launch.train", *overrides, stdout=subprocess.DEVNULL, stderr=told)
         try:
             code = None
             while code is None:

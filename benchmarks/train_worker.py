@@ -1,23 +1,17 @@
-"""A process that measures one contender: requests on stdin, answers on the stdout it was given, one JSON a line.
-
-The first request describes the work (`WorkerRequest`); its answer comes when the warm-up is done. Each further request
-is a number of steps, its answer a `WorkerAnswer`. The process ends with its stdin.
-"""
+"""A process that measures one contender's training."""
 
 import ctypes
 import dataclasses
-import json
-import os
-import resource
-import sys
+import itertools
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from ..moe.parsing import from_mapping
 from .machine import matmul_rates
 from .train_step import Step, StepShape, build_step
+from .worker import peak_bytes, serve
 
 # mallopt(3) of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _RAISED = -1, -3, 1 << 30
@@ -46,21 +40,7 @@ class WorkerAnswer:
 
 def main() -> None:
     """Serve requests until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    request = from_mapping(WorkerRequest, json.loads(sys.stdin.readline()))
-    torch.set_num_threads(request.threads)
-    if request.raise_thresholds:
-        raise_malloc_thresholds()
-    step = None if request.contender == "matmul" else build_step(request.contender, request.shape)
-    done, count = 0, request.warmup
-    while True:
-        print(json.dumps(dataclasses.asdict(_round(step, done, count))), file=answers, flush=True)
-        done += count
-        line = sys.stdin.readline()
-        if not line:
-            return
-        count = int(line)
+    serve(WorkerRequest, _prepare)
 
 
 def raise_malloc_thresholds() -> None:
@@ -70,19 +50,23 @@ def raise_malloc_thresholds() -> None:
         raise OSError("this C library has no mallopt: measure with allocators=[default]")
 
 
-def _round(step: Step | None, first: int, count: int) -> WorkerAnswer:
-    if step is None:
-        return WorkerAnswer(matmul=matmul_rates(torch.device("cpu")))
+def _prepare(request: WorkerRequest) -> Callable[[int], WorkerAnswer]:
+    if request.raise_thresholds:
+        raise_malloc_thresholds()
+    if request.contender == "matmul":
+        return lambda count: WorkerAnswer(matmul=matmul_rates(torch.device("cpu")))
+    step, numbers = build_step(request.contender, request.shape), itertools.count()
+    return lambda count: _round(step, itertools.islice(numbers, count))
+
+
+def _round(step: Step, numbers: Iterator[int]) -> WorkerAnswer:
     seconds: list[float] = []
     loss = None
-    for number in range(first, first + count):
+    for number in numbers:
         begin = time.perf_counter()
         loss = step(number)
         seconds.append(time.perf_counter() - begin)
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return WorkerAnswer(seconds=tuple(seconds), loss=loss, peak_bytes=peak)
+    return WorkerAnswer(seconds=tuple(seconds), loss=loss, peak_bytes=peak_bytes())
 
 
 if __name__ == "__main__":

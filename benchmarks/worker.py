@@ -1,17 +1,33 @@
-"""Starts and asks a measuring process."""
+"""A measuring process, from both ends: one starts it and asks, the other answers.
+
+Requests come on its stdin, answers go to the stdout it was given, one JSON a line. The first request describes the
+work; its answer comes when the warm-up is done. Each further request is a number of steps. The process ends with its
+stdin.
+"""
 
 import contextlib
 import dataclasses
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
 
 from ..moe.parsing import from_mapping
 
 AnswerT = TypeVar("AnswerT")
+
+
+class Answer(Protocol):
+    """A dataclass of what was measured."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class Request(Protocol):
@@ -24,6 +40,19 @@ class Request(Protocol):
         """Who is measured."""
         ...
 
+    @property
+    def threads(self) -> int:
+        """Of torch."""
+        ...
+
+    @property
+    def warmup(self) -> int:
+        """Steps before the first answer."""
+        ...
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+
 
 class Worker(Generic[AnswerT]):
     """A process that measures one contender, warmed up when construction returns; a context manager that ends it.
@@ -33,16 +62,9 @@ class Worker(Generic[AnswerT]):
 
     def __init__(self, module: str, request: Request, answer: type[AnswerT]) -> None:
         self.name, self.answer = request.contender, answer
-        # -P and another folder keep the package root off sys.path, where our `kernels` would shadow Hugging Face's.
         self.complaints = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed by _end
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", f"sigmoe.benchmarks.{module}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.complaints,
-            text=True,
-            cwd=tempfile.gettempdir(),
-        )
+        pipe = subprocess.PIPE
+        self.process = start_module(f"benchmarks.{module}", stdin=pipe, stdout=pipe, stderr=self.complaints)
         try:
             self._ask(json.dumps(dataclasses.asdict(request)))
         except BaseException:
@@ -80,3 +102,30 @@ class Worker(Generic[AnswerT]):
             self.process.kill()
         self.process.communicate()
         self.complaints.close()
+
+
+def start_module(
+    module: str, *arguments: str, stdin: int | None = None, stdout: int, stderr: IO[str]
+) -> subprocess.Popen[str]:
+    """Start a module of sigmoe as a process; None: it shares our stdin."""
+    # -P and another folder keep the package root off sys.path, where our `kernels` would shadow Hugging Face's.
+    command = [sys.executable, "-P", "-W", "ignore", "-m", f"sigmoe.{module}", *arguments]
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, text=True, cwd=tempfile.gettempdir())
+
+
+def serve(request_type: type[RequestT], prepare: Callable[[RequestT], Callable[[int], Answer]]) -> None:
+    """Be the process that a `Worker` started: `prepare` makes of its request what takes a number of steps."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    request = from_mapping(request_type, json.loads(sys.stdin.readline()))
+    torch.set_num_threads(request.threads)
+    take, line = prepare(request), str(request.warmup)
+    while line:
+        print(json.dumps(dataclasses.asdict(take(int(line)))), file=answers, flush=True)
+        line = sys.stdin.readline()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process ever held."""
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

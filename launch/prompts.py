@@ -9,7 +9,7 @@ from ..moe.data.installed import read_utf8
 
 
 def read_prompts(prompt: str | None, prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """Return the prompts of the one source that is given; ValueError names an empty or unreadable one, or what is no Unicode."""
+    """Return the prompts of the one source that is given; ValueError names what is empty, unreadable or no Unicode."""
     match (prompt, prompts, file):
         case (str(), None, None):
             # The line's end comes from the shell, not from the prompt.

@@ -12,7 +12,7 @@ import yaml
 from sigmoe.launch.main import main
 from sigmoe.moe.storage.checkpoint import encode_manifest, open_checkpoint
 from sigmoe.moe.storage.durable import durable_directory
-from sigmoe.moe.storage.tensors import NamedTensor, write_tensors
+from sigmoe.moe.storage.tensors import named_tensors, write_tensors
 
 MODEL = "model/model-00001-of-00001.safetensors"
 

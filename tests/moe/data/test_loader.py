@@ -58,9 +58,7 @@ def test_consumption_is_counted(loader: BatchLoader) -> None:
 @pytest.mark.parametrize("max_tokens", [None, 1, 37, SIZE, 100, 10**9])
 def test_heldout_labels_are_each_token_once(loader: BatchLoader, max_tokens: int | None) -> None:
     for name in loader.dataset.domain_names:
-        batches = list(
-            heldout_batches(loader.dataset, name, batch_size=3, sequence_length=SIZE, max_tokens=max_tokens)
-        )
+        batches = list(heldout_batches(loader.dataset, name, batch_size=3, sequence_length=SIZE, max_tokens=max_tokens))
         label = torch.cat([batch.label_BS.flatten() for batch in batches])
         count_V = torch.bincount(label[label != IGNORED], minlength=loader.dataset.vocab_size)
         assert np.array_equal(count_V.numpy(), heldout_label_counts(loader.dataset, name, max_tokens))

@@ -15,7 +15,7 @@ from sigmoe.moe.model import Transformer
 from sigmoe.moe.routing import TrainingPass
 from sigmoe.moe.storage.durable import durable_directory
 from sigmoe.moe.storage.tensor_reader import TensorReader
-from sigmoe.moe.storage.tensors import NamedTensor, write_tensors
+from sigmoe.moe.storage.tensors import named_tensors, write_tensors
 
 transformers = pytest.importorskip("transformers")
 mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")

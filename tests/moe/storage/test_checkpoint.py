@@ -25,7 +25,7 @@ from sigmoe.moe.storage.checkpoint import (
     write_checkpoint,
 )
 from sigmoe.moe.storage.durable import durable_directory
-from sigmoe.moe.storage.tensors import NamedTensor, write_tensors
+from sigmoe.moe.storage.tensors import named_tensors, write_tensors
 
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.w{}.weight"
 EXPERTS = [(layer, expert) for layer in (0, 2) for expert in range(11)]

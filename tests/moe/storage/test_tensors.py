@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from sigmoe.moe.storage import tensors as module
 from sigmoe.moe.storage.durable import durable_directory
 from sigmoe.moe.storage.tensor_format import DTYPE_NAMES, read_header
-from sigmoe.moe.storage.tensors import NamedTensor, TensorReader, natural_order, plan_files, write_tensors
+from sigmoe.moe.storage.tensors import (
+    NamedTensor,
+    TensorReader,
+    named_tensors,
+    natural_order,
+    plan_files,
+    write_tensors,
+)
 
 
 def write(path, tensors, **options):
