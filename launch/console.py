@@ -3,6 +3,7 @@
 No markup: what is printed are names and paths of the user's, in which `[ab]` is no tag and `:fire:` no picture.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 
 from ..moe.data.progress import Progress as Sink
+
+_SILENCE = 10.0  # seconds
 
 
 def notes() -> Console:
@@ -57,7 +60,13 @@ def progress_sink(*, transient: bool = False) -> Iterator[Sink]:
     with bar(transient=transient) as progress:
         tasks: dict[str, TaskID] = {}
 
+        told = time.monotonic()
+
         def update(stage: str, done: int, total: int | None, /) -> None:
+            nonlocal told
+            if progress.disable and time.monotonic() - told > _SILENCE:  # into a file: a line now and then
+                told = time.monotonic()
+                notes().print(f"{stage}: {done:,}" + (f" of {total:,}" if total else ""))
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
             progress.update(tasks[stage], completed=done, total=total)

@@ -17,7 +17,7 @@ from .evaluation import HeldoutSettings
 from .evaluation_matrix import Cells, Row, measure
 from .evaluation_report import Evaluation, keep, kept_paths, show
 from .main import main
-from .models import check_tokenizer, open_given_model
+from .models import check_files, check_tokenizer, open_given_model
 from .places import check_out
 from .trainer import pick_device
 
@@ -37,6 +37,7 @@ class EvaluateCommand:
     sequence_length: int | None = None
     auto_tokens: int | tuple[int, ...] = 64
     out: str | None = None
+    check: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -90,6 +91,8 @@ def run(config: Mapping[str, object]) -> None:
             "lower batch or sequence_length"
         )
     rows = plan_rows(command, models, texts)
+    for stored in models if command.check else ():
+        check_files(stored)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     cells = _measure_all(models, rows, dataset, texts, settings, device)
@@ -121,7 +124,8 @@ def plan_rows(command: EvaluateCommand, models: list[StoredModel], texts: tuple[
             label = names[0] if len(names) == 1 and names[0] != ANY_DOMAIN else given
             rows.append(Row(label=label, model=number, route=None))
     count = Counter(row.label for row in rows)
-    if max(count.values()) == 1:
+    plain = len(models) == 1 or (max(count.values()) == 1 and not any(row.route and not row.is_name for row in rows))
+    if plain:
         return rows
     return [replace(row, label=f"{command.checkpoints[row.model]}: {row.label}") for row in rows]
 

@@ -29,14 +29,13 @@ from ..moe.stored import EXTRACTION, StoredModel, open_unfinished
 from .console import notes, print_table, progress_sink
 from .extract_checks import (
     ExtractCommand,
-    check_parent,
     open_heldout,
     open_in_transformers,
     report_of_the_same,
     require_transformers,
 )
 from .main import main
-from .models import open_given_model
+from .models import check_files, open_given_model
 
 _MARGIN = 4 << 20  # bytes of what is written beside the weights
 
@@ -55,19 +54,19 @@ def run(config: Mapping[str, object]) -> None:
         notes().print(f"{out} holds this very extraction already")
         print_report(report)
         return
-    dataset = open_heldout(command, parent) if command.verify else None
     if command.transformers:
         require_transformers(command, submodel)
+    dataset = open_heldout(command, parent) if command.verify else None
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     require_space(out.parent, planned_bytes(parent, submodel, command.rounding) + _MARGIN)
     if command.check:
-        check_parent(parent, submodel)
+        check_files(parent, sources={piece.source for piece in submodel.pieces.values()})
     with durable_directory(out) as directory:
         extraction = _write(directory, command, parent, submodel)
         checks = _verify(directory, command, parent, submodel, extraction, dataset)
         report = describe(parent, submodel, extraction, checks, directory.records)
-        report |= settings | {"verify": command.verify}
+        report |= settings | {"verify": command.verify, "parent_checked": command.check}
         if command.transformers and dataset is not None:
             child, domain = open_unfinished(directory.root), submodel.registry.names[0]
             report["transformers"] = asdict(open_in_transformers(child, dataset, domain))

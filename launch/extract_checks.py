@@ -14,11 +14,10 @@ from ..moe.extract import REPORT_VERSION, Submodel, TransformersCheck, check_in_
 from ..moe.hf.formats import choose_format
 from ..moe.storage.checkpoint import MANIFEST, load_yaml, read_manifest, verify_files
 from ..moe.stored import EXTRACTION, StoredModel, read_json
-from .console import notes, progress_sink
+from .console import notes
 from .models import check_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WEIGHTS = ".safetensors"
 _TOLERANCE = 1e-5  # of the largest logit, between transformers' arithmetic and ours
 _COMPARED = 256  # positions of a sequence that both are given
 
@@ -118,21 +117,3 @@ def open_heldout(command: ExtractCommand, parent: StoredModel) -> Dataset:
         if tokens < command.verify:
             notes().print(f"{name} has {tokens:,} held-out tokens, fewer than verify={command.verify:,}: all are taken")
     return dataset
-
-
-def check_parent(parent: StoredModel, submodel: Submodel) -> None:
-    """Hash the parent's files that will be read; a damaged one must not be cut up unseen."""
-    if not (parent.path / MANIFEST).is_file():
-        notes().print(f"{parent.path} has no {MANIFEST}: its files are taken as they are")
-        return
-    manifest = read_manifest(parent.path)
-    weights = {parent.tensors.file(piece.source) for piece in submodel.pieces.values()}
-    # Of the small files config and registry decide what is cut; the optimizer's state plays no part.
-    small = {name for name in manifest["files"] if not name.startswith("optimizer/") and Path(name).suffix != _WEIGHTS}
-    with progress_sink(transient=True) as progress:
-        verify_files(
-            parent.path,
-            manifest,
-            lambda done, total: progress("checking the parent", done, total),
-            only={str(file.relative_to(parent.path)) for file in weights} | small,
-        )

@@ -23,7 +23,7 @@ from ..moe.storage.durable import make_directory, write_file
 from ..moe.stored import StoredModel, load_model, read_json
 from .console import notes, progress_sink
 from .main import main
-from .models import open_given_model
+from .models import check_files, open_given_model
 from .places import check_out
 from .prompts import read_prompts
 from .trainer import pick_device
@@ -46,6 +46,7 @@ class GenerateCommand:
     top_p: float | None = None
     seed: int = 0
     batch: int = 8
+    check: bool = True
     stream: bool = True
     out: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -101,6 +102,8 @@ def run(config: Mapping[str, object]) -> None:
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     _note_length(command, stored, max(map(len, prompts)))
+    if command.check:
+        check_files(stored)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[command.precision]
     model = load_model(stored, device=device, dtype=dtype)
     domain_ids = choose(command, stored, model, prompts)
@@ -195,7 +198,9 @@ def continue_prompts(
         )
     seconds, count = time.perf_counter() - begin, sum(map(len, tokens))
     read = sum(map(len, prompts))
-    notes().print(f"{count:,} tokens after {read:,} of prompts in {seconds:.1f} s, {count / seconds:,.0f} tokens/s")
+    notes().print(
+        f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s, prompts of {read:,} tokens read before"
+    )
     return tokens
 
 

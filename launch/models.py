@@ -1,10 +1,15 @@
 """The model that a command is given."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..moe.data.dataset import Dataset
+from ..moe.storage.checkpoint import MANIFEST, read_manifest, verify_files
 from ..moe.stored import StoredModel, open_model
 from ..parallel.checkpointer import Checkpointer
+from .console import notes, progress_sink
+
+_WEIGHTS = ".safetensors"
 
 
 def open_given_model(text: str) -> StoredModel:
@@ -13,6 +18,27 @@ def open_given_model(text: str) -> StoredModel:
     checkpointer = Checkpointer(path / "checkpoints" if (path / "checkpoints").is_dir() else path, keep=None)
     steps = checkpointer.steps()
     return open_model(checkpointer.path(steps[-1]) if steps else path)
+
+
+def check_files(stored: StoredModel, *, sources: Iterable[str] | None = None) -> None:
+    """Hash the files that the tensors `sources` (None: all) lie in, and the small ones beside them; a bar meanwhile.
+
+    Raises ValueError naming the first damaged one: the optimizer's state, which no model needs, is left out.
+    """
+    if not (stored.path / MANIFEST).is_file():
+        notes().print(f"{stored.path} has no {MANIFEST}: its files are taken as they are")
+        return
+    manifest = read_manifest(stored.path)
+    weights = {stored.tensors.file(name) for name in (stored.tensors.names() if sources is None else sources)}
+    # Of the small files config and registry decide what is computed.
+    small = {name for name in manifest["files"] if not name.startswith("optimizer/") and Path(name).suffix != _WEIGHTS}
+    with progress_sink(transient=True) as progress:
+        verify_files(
+            stored.path,
+            manifest,
+            lambda done, total: progress(f"hashing {stored.path.name}", done, total),
+            only={str(file.relative_to(stored.path)) for file in weights} | small,
+        )
 
 
 def check_tokenizer(given: str, stored: StoredModel, dataset: Dataset) -> None:

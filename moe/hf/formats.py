@@ -74,8 +74,8 @@ def _router_misfit(config: ModelConfig, registry: DomainRegistry) -> str | None:
         return "it has several domains, and transformers knows no domain router: extract one domain"
     if router.name == "rre":
         return (
-            "random routed experts choose by a table of token ids, which transformers lacks: sets of one expert as "
-            "wide as the dense layers (Mistral), or router=domain_top_k (Mixtral)"
+            "random routed experts choose by a table of token ids, which transformers lacks: train with sets of one "
+            "expert as wide as the dense layers (Mistral), or with router=domain_top_k (Mixtral)"
         )
     sizes = sorted({num_experts(registry, index) for index in range(len(config.sparse_layer_ids))})
     if len(sizes) > 1:

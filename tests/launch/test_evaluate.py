@@ -262,7 +262,9 @@ def test_different_lengths_need_one(evaluate, run, submodels, tmp_path):
     code, _, err = evaluate(*models)
     assert code == 2
     assert "trained on sequences of 32, 64 tokens, but all get the same text: give sequence_length=" in err
-    assert evaluate(*models, "sequence_length=32")[0] == 0
+    assert evaluate(*models, "sequence_length=32", "check=false")[0] == 0
+    code, _, err = evaluate(*models, "sequence_length=32")  # the config was changed by hand
+    assert code == 2 and "copy/config.json has" in err
 
 
 def test_text_that_the_model_never_saw(evaluate, measured, run, dataset, tmp_path):

@@ -43,7 +43,7 @@ def test_a_text_is_streamed(say, tmp_path):
     words = ["domain=ships", "prompt=sail the", "max_tokens=9", "temperature=1", "seed=4"]
     code, streamed, told = say(*words)
     assert code == 0 and streamed.endswith("\n")
-    assert "9 tokens after" in told and "tokens/s" in told
+    assert "9 tokens in" in told and "tokens/s" in told
     assert say(*words, "stream=false")[1] == streamed
     assert say(*words, f"out={tmp_path}/new/texts.jsonl")[:2] == (0, "")
     (kept,) = texts_of(tmp_path / "new/texts.jsonl")
@@ -187,3 +187,16 @@ def test_help_lists_every_key(capsys):
     told = capsys.readouterr().out
     for key in ("prompts_file", "top_p", "domain", "stream", "precision"):
         assert f"{key}:" in told
+
+
+def test_a_damaged_model_is_refused(say, run, tmp_path):
+    sub = tmp_path / "sub"
+    assert main(["extract", f"checkpoint={run}", "domain=ships", f"out={sub}"]) == 0
+    (path,) = sub.rglob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, _, told = say("prompt=sail", "max_tokens=2", checkpoint=sub)
+    assert code == 2
+    assert f"{path} is damaged" in told
+    assert say("prompt=sail", "max_tokens=2", "check=false", checkpoint=sub)[0] == 0
