@@ -198,9 +198,7 @@ def continue_prompts(
         )
     seconds, count = time.perf_counter() - begin, sum(map(len, tokens))
     read = sum(map(len, prompts))
-    notes().print(
-        f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s, after prompts of {read:,}"
-    )
+    notes().print(f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s, after prompts of {read:,}")
     return tokens
 
 
