@@ -13,13 +13,15 @@ from ..moe.balance import next_bias, next_fractions, uniform_fractions
 from ..moe.config import num_experts
 from ..moe.model import Transformer
 from ..moe.routing import RoutingStats
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import Axis
 
 
 class BalanceState:
-    """Counts one optimizer step at a time, over micro-batches."""
+    """Counts one optimizer step at a time, over micro-batches and the ranks of `dp`, which all know the sums."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model, self.config = model, model.config.router
+    def __init__(self, model: Transformer, dp: Axis) -> None:
+        self.model, self.config, self.dp = model, model.config.router, dp
         layers = model.config.sparse_layer_ids
         registry = model.registry
         self.sets = {layer: registry.sets(i) for i, layer in enumerate(layers)}
@@ -38,6 +40,8 @@ class BalanceState:
         `trains` tells by canonical name which biases may move, as it tells the engine which parameters may.
         """
         counts, self.counts = self.counts, self._zeros()
+        for count_NE in counts.values():
+            all_reduce(count_NE, self.dp)
         if skipped:
             return counts
         for layer, count_NE in counts.items():

@@ -17,6 +17,8 @@ from ..moe.batch import IGNORED, Batch
 from ..moe.data.dataset import Dataset
 from ..moe.data.loader import BatchLoader, heldout_batches
 from ..moe.model import Transformer
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import Axis
 
 Route = int | NDArray[np.int64]  # the model's domain id for a whole text, or one a document of it, `[N]`
 
@@ -101,15 +103,18 @@ def text_losses(
     routes: Sequence[Route],
     settings: HeldoutSettings,
     on_batch: Callable[[], None] = lambda: None,
+    dp: Axis | None = None,
 ) -> list[DomainLoss]:
     """Return the loss of the held-out documents of domain `text` under each of `routes`.
 
     The model runs a batch once a domain, whole: so a token's loss under a domain is the same whichever route asks.
+    With `dp` each of its ranks runs its rows of every batch, and all get the sums.
     """
     token_bytes = torch.from_numpy(dataset.token_bytes())
     end_N = np.cumsum(dataset.domain(text).heldout.lengths, dtype=np.int64)
     sums, tokens, num_bytes = [0.0] * len(routes), 0, 0
-    for batch in settings.batches(dataset, text):
+    for whole in settings.batches(dataset, text):
+        batch = whole if dp is None else _share(whole, dp)
         position_BS = batch.sample_B[:, None].numpy() * settings.sequence_length + np.arange(settings.sequence_length)
         document_BS = np.searchsorted(end_N, position_BS, side="right")
         for number, loss_BS in enumerate(_batch_losses(model, batch, routes, document_BS)):
@@ -118,7 +123,15 @@ def text_losses(
         tokens += int(labelled.sum())
         num_bytes += int(token_bytes[batch.label_BS[labelled]].sum())
         on_batch()
+    if dp is not None and dp.size > 1:
+        total = all_reduce(torch.tensor([*sums, tokens, num_bytes], dtype=torch.float64), dp).tolist()
+        *sums, tokens, num_bytes = *total[:-2], int(total[-2]), int(total[-1])
     return [DomainLoss(loss_sum=loss_sum, tokens=tokens, bytes=num_bytes) for loss_sum in sums]
+
+
+def _share(batch: Batch, dp: Axis) -> Batch:
+    rows = batch.token_BS.shape[0] // dp.size
+    return batch.rows(dp.rank * rows, (dp.rank + 1) * rows)
 
 
 def _batch_losses(
@@ -156,14 +169,16 @@ def evaluate_domains(
     batch_size: int,
     max_tokens: int,
     on_domain: Callable[[str], None] = lambda name: None,
+    dp: Axis | None = None,
 ) -> dict[str, DomainLoss]:
     """Return every domain's held-out loss over at the most `max_tokens` tokens; ids are the dataset's own.
 
-    `on_domain` hears who comes next.
+    `on_domain` hears who comes next. `batch_size` is that of all ranks of `dp` together.
     """
     settings = HeldoutSettings(batch_size=batch_size, sequence_length=loader.sequence_length, max_tokens=max_tokens)
     losses = {}
     for name in loader.dataset.domain_names:
         on_domain(name)
-        (losses[name],) = text_losses(model, loader.dataset, name, [loader.dataset.domain(name).id], settings)
+        routes = [loader.dataset.domain(name).id]
+        (losses[name],) = text_losses(model, loader.dataset, name, routes, settings, dp=dp)
     return losses

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from .launcher import find_cluster
+
 COMMANDS = {
     "data": "fetch or read domain-tagged text, train the tokenizer, write token files",
     "train": "train a model; continues a run that was interrupted",
@@ -15,6 +17,8 @@ COMMANDS = {
     "verify": "hash every file of a checkpoint, find every expert exactly once; or hash a dataset",
     "bench": "measure sigmoe beside its peers on this machine",
 }
+# What may run as several processes; the rest refuses a launcher.
+_DISTRIBUTED = ("train",)
 # Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call.
 _LITERAL = {"generate": "prompt"}
 _OPTIONS = """options:
@@ -25,27 +29,68 @@ _OPTIONS = """options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 2 (one line: what the user can mend), 1 (a failing machine) or 130 (interrupted)."""
+    """Run a command; return 0, 2 (one line: what the user can mend), 1 (a failing machine) or 130 (interrupted).
+
+    Under a launcher all processes return the same, and only rank 0 prints.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _drop_package_root()
+    try:
+        cluster = find_cluster()
+    except ValueError as error:
+        return _told(arguments, (2, str(error)))
+    if cluster is None:
+        return _told(arguments, _guarded(arguments))
+    from .cluster import leave, only_first_speaks  # torch takes a while: not for `sigmoe --help`
+
+    with only_first_speaks(cluster):
+        code, line = _guarded(arguments, distributed=True)
+        _told(arguments, (code, line))
+    code, known = leave(cluster, code)
+    if not known:  # rank 0 knows nothing of it, and may wait for this process
+        _told(arguments, (code, f"rank {cluster.rank}: {line}"))
+    return code
+
+
+def _told(arguments: Sequence[str], result: tuple[int, str | None]) -> int:
+    """Print the line, if there is one, and return the exit code."""
+    code, line = result
+    if line is not None:
+        print(f"sigmoe {arguments[0]}: {line}" if arguments else f"sigmoe: {line}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _guarded(arguments: Sequence[str], *, distributed: bool = False) -> tuple[int, str | None]:
+    """Run the command; return the exit code, and the line to print of what went wrong."""
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(_usage())  # noqa: T201
-        return 0
+        return 0, None
     command, *rest = arguments
     try:
-        return _run(command, rest)
+        if distributed and command in COMMANDS and command not in _DISTRIBUTED:
+            raise ValueError("this command runs in one process: start it without the launcher")
+        _run(command, rest)
     except KeyboardInterrupt:
-        print(f"sigmoe {command}: interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+        return 130, "interrupted"
     except (ValueError, OSError) as error:
         if "--traceback" in rest:
             traceback.print_exc()
-        line = " ".join(str(error).split())
-        print(f"sigmoe {command}: {line}", file=sys.stderr)  # noqa: T201
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ValueError) else 1, " ".join(str(error).split())
+    except RuntimeError as error:
+        line = _lost_peer(error) if distributed else None
+        if line is None:
+            raise
+        return 1, line
+    return 0, None
 
 
-def _run(command: str, rest: list[str]) -> int:
+def _lost_peer(error: RuntimeError) -> str | None:
+    from .cluster import lost_peer  # torch takes a while
+
+    return lost_peer(error)
+
+
+def _run(command: str, rest: list[str]) -> None:
     if command not in COMMANDS:
         raise ValueError(f"unknown command; commands: {', '.join(COMMANDS)}")
     from .compose import compose_command, describe_command  # Hydra takes a while: not for `sigmoe --help`
@@ -54,16 +99,15 @@ def _run(command: str, rest: list[str]) -> int:
     if flags & {"--help", "-h"}:
         head = f"sigmoe {command} key=value ...: {COMMANDS[command]}"
         print("\n\n".join([head, _OPTIONS, describe_command(command)]))  # noqa: T201
-        return 0
+        return
     literal, overrides = _take_literal(command, overrides)
     config = compose_command(command, overrides, config_dir) | literal
     if "--cfg" in flags:
         import yaml
 
         print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
-        return 0
+        return
     importlib.import_module(f".{command}", __package__).run(config)
-    return 0
 
 
 def _take_literal(command: str, overrides: list[str]) -> tuple[dict[str, str], list[str]]:

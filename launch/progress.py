@@ -12,10 +12,14 @@ from .trainer import StepMetrics
 
 
 class TrainProgress:
-    """Draws one line while steps run; notes go above it. Without a terminal a line is printed now and then."""
+    """Draws one line while steps run; notes go above it. Without a terminal a line is printed now and then.
 
-    def __init__(self, *, plain_every: int) -> None:
+    A silent one, for ranks beyond the first, prints nothing.
+    """
+
+    def __init__(self, *, plain_every: int, silent: bool = False) -> None:
         self.console: Console = notes()
+        self.silent = self.console.quiet = silent
         self.plain_every = plain_every
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -25,7 +29,7 @@ class TrainProgress:
         """Show the line from `step` to `steps`."""
         progress = bar(TextColumn("{task.fields[text]}"))
         self._task = progress.add_task("training", total=steps, completed=step, text="")
-        if not self.console.is_terminal:
+        if self.silent or not self.console.is_terminal:
             yield
             return
         with progress:
@@ -52,6 +56,8 @@ class TrainProgress:
 
     def urgent(self, text: str) -> None:
         """Print a line past the console: for signal handlers, which may have interrupted its writing to stderr."""
+        if self.silent:
+            return
         line = f"\n{text}\n" if self.console.is_terminal else f"{text}\n"
         with suppress(OSError):  # nobody listens any more
             os.write(2, line.encode())

@@ -11,7 +11,7 @@ from .trainer import Trainer
 
 
 def checkpoint_content(trainer: Trainer, before: Losses, after: Losses) -> CheckpointContent:
-    """Return everything that a run needs to go on, tensors read lazily."""
+    """Return everything that a run needs to go on, tensors read lazily. All ranks call it."""
     config, dataset = trainer.config, trainer.dataset
     named = trainer.engine.named_state()
     state = {

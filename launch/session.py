@@ -10,12 +10,15 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import distributed
 
 from ..benchmarks.machine import matmul_rate
 from ..moe.counts import train_flops
 from ..moe.storage.checkpoint import checkpoint_bytes
 from ..moe.storage.durable import WriteError, require_space
+from ..parallel.agreement import together
 from ..parallel.checkpointer import Checkpointer
+from ..parallel.collectives import all_reduce
 from .evaluation import Losses, evaluate_domains
 from .metrics import Metrics
 from .progress import TrainProgress
@@ -34,11 +37,12 @@ class SessionResult:
 
 
 class Session:
-    """Drives a trainer up to the run's last step, or `stop_at`, or a signal."""
+    """Drives a trainer up to the run's last step, or `stop_at`, or a signal. Of several ranks the first one logs."""
 
     def __init__(self, trainer: Trainer, directory: Path, progress: TrainProgress) -> None:
         self.trainer, self.config, self.directory, self.progress = trainer, trainer.config, directory, progress
-        self.checkpointer = Checkpointer(directory / "checkpoints", keep=self.config.save.keep)
+        self.world = trainer.mesh.world
+        self.checkpointer = Checkpointer(directory / "checkpoints", keep=self.config.save.keep, world=self.world)
         self.stop = False
         self.matmul_rate = 0.0
         self.flops = train_flops(self.config.model, trainer.registry, self.config.sequence_length)
@@ -54,15 +58,21 @@ class Session:
             self.before, self.after = restore(self.trainer, checkpoint)
             self.saved_step = self.resumed_step = self.trainer.step
             self.progress.note(f"resuming {self.directory} at step {self.trainer.step}")
-        require_space(self.directory, checkpoint_bytes(checkpoint_content(self.trainer, self.before, self.after)))
+        content = checkpoint_content(self.trainer, self.before, self.after)
+        with together(self.world):
+            require_space(self.directory, checkpoint_bytes(content))
         return checkpoint is not None
 
     def run(self) -> SessionResult:
         """Train to the end of the session and save."""
         config, trainer = self.config, self.trainer
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.matmul_rate = matmul_rate(trainer.device, dtype)
-        metrics = Metrics(self.directory, tensorboard=config.logger.tensorboard, resumed_step=self.resumed_step)
+        metrics = None
+        with together(self.world):
+            if self.world.rank == 0:
+                self.matmul_rate = matmul_rate(trainer.device, dtype)
+                tensorboard = config.logger.tensorboard
+                metrics = Metrics(self.directory, tensorboard=tensorboard, resumed_step=self.resumed_step)
         seconds, first = 0.0, trainer.step
         try:
             # Until all is saved: a SIGTERM in the last evaluation must not cost what was trained.
@@ -70,7 +80,7 @@ class Session:
                 self.after = {}
                 if not self.before:
                     self.before = self._evaluate(metrics)
-                while trainer.step < config.last_step and not self.stop:
+                while trainer.step < config.last_step and not self._asked_to_stop():
                     begin = time.perf_counter()
                     step = trainer.train_step()
                     elapsed = time.perf_counter() - begin
@@ -81,7 +91,8 @@ class Session:
                 if self.saved_step != trainer.step:
                     self._save()
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
         return SessionResult(
             seconds=seconds,
             tokens=(trainer.step - first) * config.global_batch * config.sequence_length,
@@ -89,32 +100,47 @@ class Session:
             interrupted=self.stop,
         )
 
-    def _after_step(self, step: StepMetrics, elapsed: float, metrics: Metrics) -> None:
+    def _after_step(self, step: StepMetrics, elapsed: float, metrics: Metrics | None) -> None:
         config = self.config
-        speed = step.tokens / elapsed
-        share = speed * self.flops / self.matmul_rate
-        self.progress.step(step, speed, share)
-        if step.step % config.logger.every == 0 or step.step == config.steps or step.skipped:
-            metrics.write(_values(step, self.trainer, speed, share))
+        self._log(step, elapsed, metrics)
         if config.evaluate.every and step.step % config.evaluate.every == 0 and step.step < config.steps:
             self._evaluate(metrics)
         # The last step is saved after its evaluation: a run whose last step is saved has nothing left to do.
         if config.save.every and step.step % config.save.every == 0 and step.step < config.steps:
             self._try_save()
 
-    def _evaluate(self, metrics: Metrics) -> Losses:
+    def _log(self, step: StepMetrics, elapsed: float, metrics: Metrics | None) -> None:
+        if metrics is None:
+            return
+        speed = step.tokens / elapsed
+        share = speed * self.flops / (self.matmul_rate * self.world.size)
+        self.progress.step(step, speed, share)
+        if step.step % self.config.logger.every == 0 or step.step == self.config.steps or step.skipped:
+            metrics.write(_values(step, self.trainer, speed, share))
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was: all stop after the same step."""
+        asked = all_reduce(torch.tensor(int(self.stop)), self.world, distributed.ReduceOp.MAX)
+        if asked:  # else a signal that comes right now would be lost
+            self.stop = True
+        return bool(asked)
+
+    def _evaluate(self, metrics: Metrics | None) -> Losses:
+        dp = self.trainer.mesh.dp
         losses = evaluate_domains(
             self.trainer.model,
             self.trainer.loader,
-            batch_size=self.config.micro_size,
+            batch_size=self.config.micro_size(dp.size) * dp.size,
             max_tokens=self.config.evaluate.tokens,
             on_domain=self.progress.evaluating,
+            dp=dp,
         )
         values: dict[str, Any] = {"step": self.trainer.step}
         for name, loss in losses.items():
             values[f"heldout_loss/{name}"] = loss.loss
             values[f"heldout_bits_per_byte/{name}"] = loss.bits_per_byte
-        metrics.write(values)
+        if metrics is not None:
+            metrics.write(values)
         return losses
 
     def _try_save(self) -> None:

@@ -1,5 +1,6 @@
 """`sigmoe train`: trains a model; a run that was interrupted goes on where its newest good checkpoint stands."""
 
+import math
 import os
 import shlex
 import sys
@@ -12,10 +13,19 @@ import yaml
 
 from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
+from ..moe.domains import DomainRegistry
+from ..moe.parsing import from_mapping
 from ..moe.storage.checkpoint import MANIFEST, load_yaml
 from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
+from ..parallel.agreement import together
+from ..parallel.config import ParallelConfig
+from ..parallel.mesh import Axis, Mesh, single_mesh
+from .build import build_mesh, rank_bytes
+from .cluster import join
 from .console import progress_sink
+from .launcher import find_cluster, torchrun_command
 from .main import main
+from .preflight import check_alike
 from .progress import TrainProgress
 from .report import print_closing_table
 from .session import Session, SessionResult
@@ -24,44 +34,62 @@ from .trainer import Trainer, pick_device
 
 
 def run(config: Mapping[str, Any]) -> None:
-    """Train as `config` (composed plain data) says. Raises ValueError for a user's mistake, with nothing written."""
-    dataset = _open(config)
-    train_config = TrainConfig.load(_with_vocabulary(config, dataset))
-    directory = Path(train_config.out).expanduser()
-    begun = _check_directory(directory, train_config)
+    """Train as `config` (composed plain data) says. Raises ValueError for a user's mistake, with nothing written.
+
+    Under a launcher all ranks call it, and raise what one of them raises.
+    """
+    cluster = find_cluster()
+    parallel = from_mapping(ParallelConfig, config.get("parallel", {}), "parallel")
+    world = single_mesh().world if cluster is None else join(cluster, parallel.timeout)
+    with together(world):
+        dataset = _open(config, check_ids=world.rank == 0)
+        train_config = TrainConfig.load(_with_vocabulary(config, dataset))
+        directory = Path(train_config.out).expanduser()
+        begun = _check_directory(directory, train_config)
+    check_alike(train_config, dataset, world)
     if train_config.threads is not None:
         torch.set_num_threads(train_config.threads)
-    count = count_parameters(train_config.model, train_config.model.build_registry(dataset.domain_names))
-    _check_memory(count.total, train_config.device)
-    progress = TrainProgress(plain_every=train_config.logger.every)
-    trainer = Trainer(train_config, dataset)
+    registry = train_config.model.build_registry(dataset.domain_names)
+    _check_launch(parallel, world)
+    mesh = build_mesh(train_config, registry, world)
+    count = count_parameters(train_config.model, registry)
+    with together(world):
+        _check_memory(train_config, registry, mesh, 1 if cluster is None else cluster.local_size)
+    progress = TrainProgress(plain_every=train_config.logger.every, silent=world.rank > 0)
+    trainer = Trainer(train_config, dataset, mesh)
     session = Session(trainer, directory, progress)
     resumed = session.resume()
     if begun and not resumed:
         progress.note(f"{directory} has no checkpoint yet: starting at step 0")
     if trainer.step >= train_config.last_step:
-        if session.after:
+        if session.after and world.rank == 0:
             print_closing_table(trainer, session.before, session.after)
         limit = "steps" if trainer.step >= train_config.steps else "stop_at"
         progress.note(f"{directory} stands at step {trainer.step} already: raise {limit}, or give another out=")
         return
-    make_directory(directory)
-    remove_stale(directory)
-    write_file(directory / "config.yaml", yaml.safe_dump(train_config.to_dict(), sort_keys=False).encode())
+    with together(world):
+        if world.rank == 0:
+            make_directory(directory)
+            remove_stale(directory)
+            write_file(directory / "config.yaml", yaml.safe_dump(train_config.to_dict(), sort_keys=False).encode())
+    ranks = f"{world.size} ranks, " if world.size > 1 else ""
     progress.note(
         f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
-        f"{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
+        f"{ranks}{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
-    _close(session, session.run(), progress)
+    result = session.run()
+    if world.rank == 0:
+        _close(session, result, progress)
 
 
-def _open(config: Mapping[str, Any]) -> Dataset:
+def _open(config: Mapping[str, Any], *, check_ids: bool) -> Dataset:
     path = config.get("dataset")
     if not isinstance(path, str):
         raise ValueError(f"dataset must be the path of a prepared dataset, got {path!r}")
     dataset = open_dataset(Path(path).expanduser(), check_ids=False)
-    with progress_sink(transient=True) as progress:
-        dataset.check_ids(progress)
+    if check_ids:
+        with progress_sink(transient=True) as progress:
+            dataset.check_ids(progress)
     return dataset
 
 
@@ -99,28 +127,44 @@ def _check_directory(directory: Path, config: TrainConfig) -> bool:
     return True
 
 
-def _check_memory(num_parameters: int, device: str) -> None:
+def _check_launch(parallel: ParallelConfig, world: Axis) -> None:
+    """Raise ValueError where one process is to do what takes several."""
+    if world.size == 1 and max(parallel.tp, parallel.ep) > 1:
+        fewest = math.lcm(parallel.tp, parallel.ep * parallel.expert_tp)
+        raise ValueError(
+            f"parallel.tp={parallel.tp} parallel.ep={parallel.ep} takes {fewest} processes: "
+            f"{torchrun_command(fewest, 'train')}"
+        )
+
+
+def _check_memory(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, processes: int) -> None:
     """Raise ValueError where not even fp32 weights, gradients and two moments fit; activations are not counted."""
-    if pick_device(device) == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
+    on_gpu = pick_device(config.device) == "cuda"
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = 16 * num_parameters
+    total = count_parameters(config.model, registry).total
+    needed = 16 * total
+    if mesh.world.size > 1:
+        needed = rank_bytes(config, registry, mesh, on_gpu=on_gpu) * (1 if on_gpu else processes)
     if needed > memory:
+        where = "" if mesh.world.size == 1 else " on this machine"
         raise ValueError(
-            f"a model of {num_parameters:,} parameters needs at least {needed / 1e9:,.1f} GB to train, there are "
+            f"a model of {total:,} parameters needs at least {needed / 1e9:,.1f} GB{where} to train, there are "
             f"{memory / 1e9:,.1f} GB: make it smaller"
         )
 
 
 def _close(session: Session, result: SessionResult, progress: TrainProgress) -> None:
     trainer = session.trainer
+    whose = "this machine's" if trainer.mesh.world.size == 1 else "each rank's"
     if session.after:
         print_closing_table(trainer, session.before, session.after)
     if result.seconds:
         progress.note(
             f"{result.tokens:,} tokens in {result.seconds:.0f} s of training, {result.tokens / result.seconds:,.0f} "
-            f"tokens/s; this machine's matmul rate {result.matmul_rate / 1e9:.0f} GFLOP/s"
+            f"tokens/s; {whose} matmul rate {result.matmul_rate / 1e9:.0f} GFLOP/s"
         )
     if trainer.skipped:
         progress.note(f"{trainer.skipped} of {trainer.step} steps were skipped: loss or gradient was not finite")

@@ -1,24 +1,25 @@
 """What a training run is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
 from ..moe.config import ModelConfig
 from ..moe.data.sampling import Phase
 from ..moe.parsing import from_mapping, to_mapping
+from ..parallel.config import ParallelConfig
 from ..parallel.engine import OptimizerConfig
 from .schedule import ScheduleConfig
 
-# What a run may change when it goes on; everything else would make it another run.
-_FREE = frozenset(
-    {"out", "micro_batch", "steps", "schedule", "stop_at", "evaluate", "save", "logger", "device", "threads", "dataset"}
+# What says where, on how many ranks and how long a session runs, not what it computes.
+_LOCAL = frozenset(
+    {"out", "dataset", "stop_at", "device", "threads", "logger", "save", "evaluate", "parallel", "micro_batch"}
 )
+# What a run may change when it goes on; everything else would make it another run.
+_FREE = _LOCAL | {"steps", "schedule"}
 # Of one forward pass; beyond it nothing but a slip of the pen.
 _MOST_TOKENS = 1 << 28
-# What says where and how long a session runs, not what it computes.
-_LOCAL = frozenset({"out", "dataset", "stop_at", "device", "threads", "logger", "save", "evaluate"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +80,11 @@ class TrainConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     save: SaveConfig = SaveConfig()
     logger: LoggerConfig = LoggerConfig()
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int
     stop_at: int | None = None
     global_batch: int
-    micro_batch: int | None = None  # sequences of one forward pass; null: the global batch
+    micro_batch: int | None = None  # sequences of one forward pass; null: a data-parallel rank's share
     sequence_length: int
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -98,18 +100,18 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1 (or null), got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        if self.global_batch % self.micro_size:
+        if self.global_batch % self.micro_size():
             raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_size}: change one"
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_size()}: change one"
             )
         if self.schedule.name == "wsd" and self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
             raise ValueError(
                 f"schedule: warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
                 f"do not fit into {self.steps} steps"
             )
-        if self.micro_size * self.sequence_length > _MOST_TOKENS or self.global_batch > _MOST_TOKENS:
+        if self.micro_size() * self.sequence_length > _MOST_TOKENS or self.global_batch > _MOST_TOKENS:
             raise ValueError(
-                f"{self.micro_size} sequences of {self.sequence_length} tokens do not fit into one forward pass: "
+                f"{self.micro_size()} sequences of {self.sequence_length} tokens do not fit into one forward pass: "
                 "lower micro_batch, global_batch or sequence_length"
             )
         if not 0 <= self.seed < 2**63:
@@ -141,10 +143,9 @@ class TrainConfig:
         """Return plain data without what may differ between a run's sessions: equal states have equal bytes."""
         return {key: value for key, value in self.to_dict().items() if key not in _LOCAL}
 
-    @property
-    def micro_size(self) -> int:
-        """Sequences of one forward pass."""
-        return self.micro_batch if self.micro_batch is not None else self.global_batch
+    def micro_size(self, dp: int = 1) -> int:
+        """Sequences of one forward pass of each of `dp` data-parallel ranks."""
+        return self.micro_batch if self.micro_batch is not None else max(self.global_batch // dp, 1)
 
     @property
     def last_step(self) -> int:

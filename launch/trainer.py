@@ -14,13 +14,12 @@ from ..moe.batch import IGNORED, Batch
 from ..moe.data.dataset import Dataset
 from ..moe.data.loader import BatchLoader
 from ..moe.data.sampling import Sampler
-from ..moe.initialize import initialize
-from ..moe.model import ModelOutput, Transformer
-from ..moe.route_table import fill_route_tables
+from ..moe.model import ModelOutput
 from ..moe.routing import TrainingPass
-from ..parallel.engine import TrainEngine
-from ..parallel.local import LocalEngine
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import Axis, Mesh, single_mesh
 from .balance_state import BalanceState
+from .build import build_engine, build_model
 from .schedule import rate_ratio
 from .train_config import TrainConfig
 
@@ -46,52 +45,58 @@ class StepMetrics:
         """Mean loss over the step's labelled tokens, nats."""
         return float(self.loss_sum_N.sum() / self.labels_N.sum().clamp(min=1))
 
+    def sum_over(self, dp: Axis) -> None:
+        """Add up the sums of ranks that saw different rows; counts are left to `BalanceState`."""
+        if dp.size == 1:
+            return
+        scalars = torch.tensor([self.aux_loss, self.z_loss, self.dropped], dtype=torch.float64)
+        N = len(self.loss_sum_N)
+        total = all_reduce(torch.cat([self.loss_sum_N, self.labels_N, scalars]), dp)
+        self.loss_sum_N, self.labels_N = total[:N], total[N : 2 * N]
+        self.aux_loss, self.z_loss, self.dropped = float(total[-3]), float(total[-2]), int(total[-1])
+
 
 class Trainer:
-    """One process's run: model, engine, data and balance state, one optimizer step at a time."""
+    """A run: model, engine, data and balance state, one optimizer step at a time.
 
-    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+    On a mesh each data-parallel rank takes its rows of the global batch; metrics and balance are the whole batch's.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, mesh: Mesh | None = None) -> None:
         self.config, self.dataset = config, dataset
+        self.mesh = single_mesh() if mesh is None else mesh
         self.registry = config.model.build_registry(dataset.domain_names)
         sampler = Sampler(config.sample_phases(dataset.domain_names), dataset.domain_names)
         self.loader = BatchLoader(dataset, sampler, config.sequence_length, config.seed)
         self.device = torch.device(pick_device(config.device))
-        self.model = self._build_model()
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-        self.engine: TrainEngine = LocalEngine(self.model, config.optim, dtype)
+        self.model = build_model(config, self.registry, dataset, self.mesh, self.device)
+        self.engine = build_engine(config, self.model, self.mesh)
         self._check_phases()
-        self.balance = BalanceState(self.model)
+        self.balance = BalanceState(self.model, self.mesh.dp)
         self.load_NE = {layer: torch.zeros_like(count) for layer, count in self.balance.counts.items()}
         self.step, self.skipped = 0, 0
 
-    def _build_model(self) -> Transformer:
-        with torch.device(self.device):
-            model = Transformer(self.config.model, self.registry)
-        initialize(model, self.config.seed)
-        if self.config.model.router.name == "rre":
-            counts = {name: self.dataset.token_counts(name) for name in self.dataset.domain_names}
-            size = self.config.model.vocab_size
-            padded = {name: torch.nn.functional.pad(count, (0, size - len(count))) for name, count in counts.items()}
-            fill_route_tables(model, padded, self.config.seed)
-        return model
-
     def train_step(self) -> StepMetrics:
-        """Run the next optimizer step."""
+        """Run the next optimizer step. All ranks call it."""
         config, step = self.config, self.step
         trains = _accepts(config.phases[config.phase_at(step)].train)
         self.engine.train_only(trains)
         lr = config.optim.lr * rate_ratio(config.schedule, step, config.steps)
         zeros_N = torch.zeros(len(self.registry.domains), dtype=torch.float64)
         metrics = StepMetrics(step=step + 1, lr=lr, loss_sum_N=zeros_N.clone(), labels_N=zeros_N.clone())
-        batch = self.loader.batch(range(step * config.global_batch, (step + 1) * config.global_batch))
-        labels, tokens = max(batch.num_labels, 1), batch.token_BS.numel()
-        for begin in range(0, config.global_batch, config.micro_size):
-            micro = batch.rows(begin, begin + config.micro_size)
+        dp, tokens = self.mesh.dp, config.global_batch * config.sequence_length
+        share, size = config.global_batch // dp.size, config.micro_size(dp.size)
+        first = step * config.global_batch + dp.rank * share
+        batch = self.loader.batch(range(first, first + share))
+        labels = max(int(all_reduce(torch.tensor(batch.num_labels), dp)), 1)
+        for begin in range(0, share, size):
+            micro = batch.rows(begin, begin + size)
             output = self._forward(micro, step)
             self.engine.backward(self._objective(output, labels, tokens, metrics))
             self._count(micro, output, metrics)
         result = self.engine.step(lr)
         metrics.grad_norm, metrics.skipped, metrics.tokens = result.grad_norm, result.skipped, tokens
+        metrics.sum_over(dp)
         metrics.counts = self.balance.finish_step(skipped=result.skipped, trains=trains)
         for layer, count_NE in metrics.counts.items():
             self.load_NE[layer] += count_NE

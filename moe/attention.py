@@ -14,11 +14,16 @@ from .config import ModelConfig
 
 
 class QKNorm(nn.Module):
-    """Holds the weight of a query or key norm; the norm itself runs with the rotation."""
+    """Norms queries or keys, each head or the whole width, and rotates them: one operation."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x_BSHC: Tensor, position_BS: Tensor, theta: float) -> Tensor:
+        """Norm, then rotate by position."""
+        return rope(x_BSHC, position_BS, theta, norm_weight=self.weight, eps=self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -34,22 +39,25 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.dim, bias=False)
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
-            self.q_norm = QKNorm(config.head_width if per_head else queries)
-            self.k_norm = QKNorm(config.head_width if per_head else keys)
+            self.q_norm = QKNorm(config.head_width if per_head else queries, config.norm_eps)
+            self.k_norm = QKNorm(config.head_width if per_head else keys, config.norm_eps)
         self.qkv: Tensor | None = None  # the first three weights in one, once they are packed
 
     def forward(self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor) -> Tensor:
         """Attend from every token to those of its document at or before it."""
-        batch, length, _ = x_BSD.shape
-        config, c = self.config, self.config.head_width
-        q_BSHC = linear(x_BSD, self.q_proj.weight).view(batch, length, config.num_heads, c)
-        k_BSGC = linear(x_BSD, self.k_proj.weight).view(batch, length, config.num_kv_heads, c)
-        v_BSGC = linear(x_BSD, self.v_proj.weight).view(batch, length, config.num_kv_heads, c)
-        q_norm, k_norm = self._norms()
-        q_BSHC = rope(q_BSHC, position_BS, config.rope_theta, norm_weight=q_norm, eps=config.norm_eps)
-        k_BSGC = rope(k_BSGC, position_BS, config.rope_theta, norm_weight=k_norm, eps=config.norm_eps)
+        # The heads of this process, which may hold some of them.
+        config, shape = self.config, (*x_BSD.shape[:2], -1, self.config.head_width)
+        q_BSHC = linear(x_BSD, self.q_proj.weight).view(shape)
+        k_BSGC = linear(x_BSD, self.k_proj.weight).view(shape)
+        v_BSGC = linear(x_BSD, self.v_proj.weight).view(shape)
+        if config.qk_norm == "none":
+            q_BSHC = rope(q_BSHC, position_BS, config.rope_theta)
+            k_BSGC = rope(k_BSGC, position_BS, config.rope_theta)
+        else:
+            q_BSHC = self.q_norm(q_BSHC, position_BS, config.rope_theta)
+            k_BSGC = self.k_norm(k_BSGC, position_BS, config.rope_theta)
         out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, start_BS, window=config.sliding_window)
-        return linear(out_BSHC.reshape(batch, length, config.num_heads * c), self.o_proj.weight)
+        return linear(out_BSHC.flatten(2), self.o_proj.weight)
 
     def extend(self, x_BSD: Tensor, step: CacheStep, cache: KeyValueCache) -> Tensor:
         """Attend from new tokens to those of their documents in `cache` and among themselves; no autograd."""

@@ -1,7 +1,7 @@
 """Canonical names: one key per global expert, Mixtral's names, whatever the tensors look like in memory."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,21 @@ _EXPERT = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.
 _SLOT = re.compile(r"^(?:model\.embed_tokens|lm_head)\.slots\.(\d+)\.weight$")
 
 
-def canonical_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def canonical_views(name: str, tensor: Tensor, experts: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield the canonical names behind the in-memory parameter `name`, each with its view of `tensor`.
 
-    `tensor` is the parameter or anything of its shape: a gradient, a moment.
+    `tensor` is the parameter or anything of its shape: a gradient, a moment. `experts` are the ids of stacked experts;
+    None: from 0 on.
     """
     prefix, _, leaf = name.rpartition(".")
     if leaf == "gate_up" and prefix.endswith("experts"):
         half = tensor.shape[1] // 2
-        for expert in range(tensor.shape[0]):
-            yield f"{prefix}.{expert}.w1.weight", tensor[expert, :half]
-            yield f"{prefix}.{expert}.w3.weight", tensor[expert, half:]
+        for place, expert in enumerate(experts or range(tensor.shape[0])):
+            yield f"{prefix}.{expert}.w1.weight", tensor[place, :half]
+            yield f"{prefix}.{expert}.w3.weight", tensor[place, half:]
     elif leaf == "down" and prefix.endswith("experts"):
-        for expert in range(tensor.shape[0]):
-            yield f"{prefix}.{expert}.w2.weight", tensor[expert]
+        for place, expert in enumerate(experts or range(tensor.shape[0])):
+            yield f"{prefix}.{expert}.w2.weight", tensor[place]
     elif leaf == "gate_up":
         half = tensor.shape[0] // 2
         yield f"{prefix}.gate_proj.weight", tensor[:half]

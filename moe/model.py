@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import linear, linear_forward, packed
-from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..kernels.linear import linear_forward, packed
 from .attention import SelfAttention
 from .cache import CacheStep, KeyValueCache
 from .config import ModelConfig, check_registry
@@ -17,6 +16,7 @@ from .domains import DomainRegistry
 from .experts import DenseFFN, GroupedExperts
 from .layer import Block, RMSNorm
 from .routing import DomainGroup, RoutingContext, RoutingStats, TrainingPass, group_by_domain, merge_groups
+from .vocabulary import LocalVocabulary, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,8 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model with dense and sparse layers.
 
-    Weights are empty after construction: `initialize` draws them, or a checkpoint fills them.
+    Weights are empty after construction: `initialize` draws them, or a checkpoint fills them. `vocabulary` may be
+    replaced by one that spans processes.
     """
 
     def __init__(self, config: ModelConfig, registry: DomainRegistry) -> None:
@@ -95,6 +96,7 @@ class Transformer(nn.Module):
         check_registry(config, registry)
         self.config, self.registry = config, registry
         self.model = Decoder(config, registry)
+        self.vocabulary: Vocabulary = LocalVocabulary()
         if not config.tie_embeddings:
             self.lm_head = Slots(config.num_slots, config.vocab_size, config.dim)
 
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
         if label_BS is None:
             return ModelOutput(logits_BSV=self.logits(x_BSD, groups), loss_sum=None, loss_BS=None, stats=stats)
         losses = [
-            linear_cross_entropy(group.of(x_BSD).flatten(0, 1), weight, group.of(label_BS).flatten())
+            self.vocabulary.cross_entropy(group.of(x_BSD).flatten(0, 1), weight, group.of(label_BS).flatten())
             for group, weight in self._heads(groups)
         ]
         loss_BS = self._merge(groups, [loss_T.view(-1, length) for _, loss_T in losses])
@@ -203,14 +205,16 @@ class Transformer(nn.Module):
         """Look the tokens up, each sequence in its domain's slot."""
         embedding = self.model.embed_tokens
         if self.config.num_slots == 1:
-            return nn.functional.embedding(token_BS, embedding.of(0))
+            return self.vocabulary.embed(token_BS, embedding.of(0))
         slots = [self.registry.domains[group.domain].slot for group in groups]
-        parts = [nn.functional.embedding(g.of(token_BS), embedding.of(slot)) for g, slot in zip(groups, slots)]
+        parts = [self.vocabulary.embed(g.of(token_BS), embedding.of(slot)) for g, slot in zip(groups, slots)]
         return merge_groups(groups, parts)
 
     def logits(self, x_BSD: Tensor, groups: tuple[DomainGroup, ...]) -> Tensor:
         """Return `[B, S, V]` of the normed hidden states."""
-        return self._merge(groups, [linear(group.of(x_BSD), weight) for group, weight in self._heads(groups)])
+        return self._merge(
+            groups, [self.vocabulary.logits(group.of(x_BSD), weight) for group, weight in self._heads(groups)]
+        )
 
     def _heads(self, groups: tuple[DomainGroup, ...]) -> list[tuple[DomainGroup, Tensor]]:
         """Return the groups that share a head product, with its weight."""

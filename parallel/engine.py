@@ -1,6 +1,6 @@
 """The engine's contract: what a trainer may ask of whatever owns parameters, gradients and moments."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Return a tensor."""
+        ...
+
+    def read_slice(self, name: str, slices: Sequence[slice]) -> Tensor:
+        """Return `tensor[slices]`, contiguous; dimensions without a slice are whole."""
         ...
 
 

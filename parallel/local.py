@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..moe.canonical import canonical_tensors, canonical_views
 from ..moe.storage.tensors import named_tensors
+from .adamw import MOMENTS, build_adamw
 from .engine import NamedState, OptimizerConfig, StepResult, TensorSource
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class LocalEngine:
@@ -31,7 +30,9 @@ class LocalEngine:
         self.gradients: dict[str, Tensor] = {}  # fp32 sums, used where the parameters are narrower
         self.loss_finite = True
         self.trains: Callable[[str], bool] = lambda name: True
-        self.optimizer = self._build_optimizer()
+        decayed = [master for master in self.masters.values() if master.dim() > 1]
+        rest = [master for master in self.masters.values() if master.dim() <= 1]
+        self.optimizer = build_adamw(decayed, rest, config)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; narrower gradients are summed in fp32."""
@@ -87,27 +88,8 @@ class LocalEngine:
                 tensor.copy_(model.read(name))
         self._publish()
 
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        decayed = [p for p in self.masters.values() if p.dim() > 1]
-        rest = [p for p in self.masters.values() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.config.lr,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.eps,
-            fused=True,
-        )
-        for master in self.masters.values():
-            optimizer.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-        return optimizer
-
     def _moments(self) -> dict[str, Tensor]:
-        return {f"{n}.{m}": self.optimizer.state[p][m] for n, p in self.masters.items() for m in _MOMENTS}
+        return {f"{n}.{m}": self.optimizer.state[p][m] for n, p in self.masters.items() for m in MOMENTS}
 
     def _canonical_gradients(self) -> dict[str, Tensor]:
         """Return fp32 gradients of what trains, zeros where backward reached a parameter not at all."""

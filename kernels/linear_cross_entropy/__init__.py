@@ -1,5 +1,6 @@
 """Output head and cross-entropy in one operation."""
 
 from .op import linear_cross_entropy
+from .sharded import ColumnShard
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["ColumnShard", "linear_cross_entropy"]

@@ -12,13 +12,19 @@ import torch
 from torch.nn import functional
 
 from ..linear import padded, product
+from .sharded import ColumnShard, columns, sharded_softmax
 
 _IGNORED = -100
 _CHUNK_ELEMENTS = 1 << 22
 
 
 def linear_cross_entropy(
-    x_TD: torch.Tensor, weight_VD: torch.Tensor, label_T: torch.Tensor, *, z_loss: float = 0.0
+    x_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    label_T: torch.Tensor,
+    *,
+    z_loss: float = 0.0,
+    shard: ColumnShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(loss_sum, loss_T)` of `logits = x_TD @ weight_VD.T` against label_T.
 
@@ -26,11 +32,15 @@ def linear_cross_entropy(
     label. loss_sum: differentiable fp32 scalar, the sum over labelled tokens of cross-entropy + z_loss * logsumexp^2
     (arXiv:2202.08906). loss_T: fp32 [T], each token's cross-entropy without gradient, 0 where there is no label.
     One backward pass through loss_sum is supported (its gradients are scaled in place).
+
+    With a `shard` weight_VD is some rows of the whole head and labels are those of the whole vocabulary: the losses are
+    complete, and so is the gradient of weight_VD; that of x_TD is this shard's addend. Takes part in two of the shard's
+    reductions a chunk.
     """
     grads_wanted = torch.is_grad_enabled()
     need_x = grads_wanted and x_TD.requires_grad
     need_weight = grads_wanted and weight_VD.requires_grad
-    loss_sum, loss_T = _LinearCrossEntropy.apply(x_TD, weight_VD, label_T, z_loss, need_x, need_weight)  # type: ignore[no-untyped-call]
+    loss_sum, loss_T = _LinearCrossEntropy.apply(x_TD, weight_VD, label_T, z_loss, shard, need_x, need_weight)  # type: ignore[no-untyped-call]
     return loss_sum, loss_T
 
 
@@ -42,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         label_T: torch.Tensor,
         z_loss: float,
+        shard: ColumnShard | None,
         need_x: bool,
         need_weight: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,15 +64,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_DV = weight_VD.t().contiguous() if need_x else None
         # Grown transposed: the small chunk of x then is the operand that the product copies.
         grad_weight_DV = torch.zeros(x_TD.shape[1], V, dtype=wide, device=x_TD.device) if need_weight else None
-        for rows in _chunks(T, V):
+        for rows in _chunks(T, V if shard is None else shard.num_columns):
             x_ND, num_rows = padded(x_TD[rows]), rows.stop - rows.start
             label_N = functional.pad(label_T[rows], (0, x_ND.shape[0] - num_rows), value=_IGNORED)
-            prob_NV, lse_N, chosen_N = _softmax(product(x_ND, weight_VD).to(wide), label_N)
+            logits_NV = product(x_ND, weight_VD).to(wide)
+            column_N = columns(label_N, V, shard)
+            prob_NV, lse_N, chosen_N = (
+                _softmax(logits_NV, label_N) if shard is None else sharded_softmax(logits_NV, column_N, shard)
+            )
             loss_T[rows] = (lse_N - chosen_N)[:num_rows]
             penalty_T[rows] = z_loss * lse_N[:num_rows].square()
             if grad_x is None and grad_weight_DV is None:
                 continue
-            grad_NV = _grad_logits(prob_NV, lse_N, label_N, z_loss).to(x_TD.dtype)
+            grad_NV = _grad_logits(prob_NV, lse_N, label_N, column_N, z_loss).to(x_TD.dtype)
             if grad_x is not None and weight_DV is not None:
                 grad_x[rows] = product(grad_NV, weight_DV)[:num_rows]
             if grad_weight_DV is not None:
@@ -83,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for grad in (grad_x, grad_weight):
             if grad is not None:
                 grad.mul_(grads[0])
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _chunks(T: int, V: int) -> list[slice]:
@@ -101,8 +116,11 @@ def _softmax(logits_NV: torch.Tensor, label_N: torch.Tensor) -> tuple[torch.Tens
     return prob_NV, largest_N - prob_NV.amax(-1).log(), chosen_N
 
 
-def _grad_logits(prob_NV: torch.Tensor, lse_N: torch.Tensor, label_N: torch.Tensor, z_loss: float) -> torch.Tensor:
-    """d loss_sum / d logits, in place of the probabilities."""
+def _grad_logits(
+    prob_NV: torch.Tensor, lse_N: torch.Tensor, label_N: torch.Tensor, column_N: torch.Tensor, z_loss: float
+) -> torch.Tensor:
+    """d loss_sum / d logits, in place of the probabilities; column_N is the label's column, where it is here."""
     labelled_N = (label_N != _IGNORED).to(lse_N.dtype)
     grad_NV = prob_NV.mul_((labelled_N * (1 + 2 * z_loss * lse_N))[:, None])
-    return grad_NV.scatter_add_(1, label_N.clamp(min=0)[:, None], -labelled_N[:, None])
+    held_N = (column_N != _IGNORED).to(lse_N.dtype)
+    return grad_NV.scatter_add_(1, column_N.clamp(min=0)[:, None], -held_N[:, None])

@@ -56,12 +56,16 @@ class Checkpoint:
         path = self.path / "tokenizer.json"
         return _read(path) if path.exists() else None
 
-    def verify(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def verify(
+        self, progress: Callable[[int, int], None] = lambda done, total: None, *, part: slice = slice(None)
+    ) -> None:
         """Check every file's size and hash against the manifest, and that each global expert is there exactly once.
 
-        `progress` hears bytes done and in all. Raises ValueError naming the first bad file or expert.
+        `progress` hears bytes done and in all. Only the files of `part`, in order of their names, are read: several
+        may share the work. Raises ValueError naming the first bad file or expert.
         """
-        verify_files(self.path, self.manifest, progress)
+        check_no_others(self.path, self.manifest)
+        verify_files(self.path, self.manifest, progress, only=sorted(self.manifest["files"])[part])
         check_experts(self.path, self.manifest, self.model.names())
 
 
@@ -78,10 +82,15 @@ def write_checkpoint(path: Path, content: CheckpointContent, *, replace: bool = 
 def write_content(directory: DurableDirectory, content: CheckpointContent) -> None:
     """Write all of a checkpoint but the manifest."""
     write_tensors(directory, "model", "model", content.model)
-    if content.hf_config is not None:
-        directory.write("model/config.json", encode_json(content.hf_config))
     if content.optimizer:
         write_tensors(directory, "optimizer", "optimizer", content.optimizer)
+    write_documents(directory, content)
+
+
+def write_documents(directory: DurableDirectory, content: CheckpointContent) -> None:
+    """Write all of a checkpoint but tensors and manifest."""
+    if content.hf_config is not None:
+        directory.write("model/config.json", encode_json(content.hf_config))
     directory.write("state.json", encode_json(content.state))
     directory.write("config.yaml", yaml.safe_dump(dict(content.config), sort_keys=False).encode())
     directory.write("registry.json", encode_json(content.registry))
@@ -131,8 +140,9 @@ def verify_files(
 
     It may be missing, foreign to the manifest, or of another size or hash.
     """
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
-    for name in sorted((present if only is None else set(only)) - set(manifest["files"])):
+    if only is None:
+        check_no_others(path, manifest)
+    for name in sorted(set(only or ()) - set(manifest["files"])):
         raise ValueError(f"{path / name} is not in the manifest: it was added after the checkpoint was written")
     records = {name: manifest["files"][name] for name in sorted(manifest["files"] if only is None else only)}
     done, total = 0, sum(record["size"] for record in records.values())
@@ -151,6 +161,13 @@ def verify_files(
             raise ValueError(f"{file} has {size:,} bytes instead of {record['size']:,}: it is damaged")
         if _hash(file, advance) != record.get("sha256"):
             raise ValueError(f"{file} is damaged: its SHA-256 is not the one in the manifest")
+
+
+def check_no_others(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first file which the manifest does not know."""
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {MANIFEST}
+    for name in sorted(present - set(manifest["files"])):
+        raise ValueError(f"{path / name} is not in the manifest: it was added after the checkpoint was written")
 
 
 def check_experts(path: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> None:

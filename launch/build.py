@@ -1,0 +1,94 @@
+"""A run's model and engine: as they are in one process, or spread over several."""
+
+import importlib
+import warnings
+from typing import Any
+
+import torch
+
+from ..moe.data.dataset import Dataset
+from ..moe.domains import DomainRegistry
+from ..moe.initialize import initialize
+from ..moe.model import Transformer
+from ..moe.route_table import fill_route_tables
+from ..parallel.costs import footprint
+from ..parallel.engine import TrainEngine
+from ..parallel.layout import check_layout
+from ..parallel.local import LocalEngine
+from ..parallel.mesh import Axis, Mesh, single_mesh
+from ..parallel.recompute import apply_recompute
+from ..parallel.shards import Sharding
+from .train_config import TrainConfig
+
+_PARALLEL = "sigmoe.parallel"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_mesh(config: TrainConfig, registry: DomainRegistry, world: Axis) -> Mesh:
+    """Make the groups of a layout that the model allows; else ValueError."""
+    dp = max(world.size // config.parallel.tp, 1)
+    check_layout(
+        config.model,
+        registry,
+        config.parallel,
+        world_size=world.size,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_size(dp),
+    )
+    if world.size == 1:
+        return single_mesh()
+    mesh: Mesh = _module("megatron").build_mesh(config.parallel)
+    return mesh
+
+
+def rank_bytes(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, *, on_gpu: bool) -> int:
+    """Return the least that this rank takes, by formula; what is offloaded from a GPU and activations do not count."""
+    accumulation = config.global_batch // (mesh.dp.size * config.micro_size(mesh.dp.size))
+    dtype = _DTYPES[config.precision]
+    held = footprint(config.model, registry, mesh, config.parallel, dtype, accumulation=accumulation)
+    return held.total - (held.optimizer if on_gpu and config.parallel.offload == "cpu" else 0)
+
+
+def build_model(
+    config: TrainConfig, registry: DomainRegistry, dataset: Dataset, mesh: Mesh, device: torch.device
+) -> Transformer:
+    """Return this rank's part of the model, initial weights drawn, route tables filled from the dataset's counts."""
+    model: Transformer
+    if mesh.world.size == 1:
+        with torch.device(device):
+            model = Transformer(config.model, registry)
+        initialize(model, config.seed)
+        apply_recompute(model, config.parallel.recompute)
+    else:
+        model = _module("parallelize").parallelize(
+            config.model, registry, mesh, config.parallel, seed=config.seed, device=device
+        )
+    if config.model.router.name == "rre":
+        counts = {name: dataset.token_counts(name) for name in dataset.domain_names}
+        size = config.model.vocab_size
+        padded = {name: torch.nn.functional.pad(count, (0, size - len(count))) for name, count in counts.items()}
+        fill_route_tables(model, padded, config.seed)
+    return model
+
+
+def build_engine(config: TrainConfig, model: Transformer, mesh: Mesh) -> TrainEngine:
+    """Return what owns the model's parameters from now on."""
+    if mesh.world.size == 1:
+        return LocalEngine(model, config.optim, _DTYPES[config.precision])
+    engine: TrainEngine = _module("zero").ZeroEngine(
+        model,
+        mesh,
+        config.optim,
+        config.parallel,
+        Sharding(config.model, model.registry, mesh),
+        dtype=_DTYPES[config.precision],
+        accumulation=config.global_batch // (mesh.dp.size * config.micro_size(mesh.dp.size)),
+    )
+    return engine
+
+
+def _module(name: str) -> Any:
+    """Import what brings DeepSpeed or Megatron-Core, which take seconds: only runs of several processes need them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Megatron-Core: Transformer Engine and Apex are not installed
+        return importlib.import_module(f"{_PARALLEL}.{name}")
