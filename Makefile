@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PROMPT := 'prompt=    def __init__(self' max_tokens=48 temperature=0.5 seed=1
 
-.PHONY: help venv demo test lint check format clean exactness
+.PHONY: help venv demo test parity lint check format clean exactness
 help: ## this text
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -32,6 +32,9 @@ exactness: $(READY) ## every domain cut out of six models, compared on 100,000 h
 
 test: $(READY) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+
+parity: $(READY) ## every layout of tensor, expert and data parallelism against one process; minutes
+	OMP_NUM_THREADS=1 SIGMOE_PARITY=all $(BIN)/python -m pytest tests/distributed
 
 lint: $(READY) ## static checks
 	$(BIN)/ruff check .
