@@ -59,6 +59,8 @@ def run(config: Mapping[str, Any]) -> None:
     trainer = Trainer(train_config, dataset, mesh)
     session = Session(trainer, directory, progress)
     resumed = session.resume()
+    if world.size == 1 and (parallel.zero_stage, parallel.offload) != (1, "none"):
+        progress.note("one process owns the optimizer whole: parallel.zero_stage and parallel.offload change nothing")
     if begun and not resumed:
         progress.note(f"{directory} has no checkpoint yet: starting at step 0")
     if trainer.step >= train_config.last_step:

@@ -59,10 +59,6 @@ class StreamedModel:
         self._domains = {domain.id for domain in chosen}
         self._slots = {domain.slot for domain in chosen}
 
-    def logits(self, batches: Sequence[Batch], on_layer: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
-        """Yield fp32 `[B, S, V]` of each batch; see `run_layers` and `run_head`."""
-        yield from self.run_head(self.run_layers(batches, on_layer))
-
     @torch.no_grad()
     def run_layers(self, batches: Sequence[Batch], on_layer: Callable[[], None] = lambda: None) -> list[Running]:
         """Take all batches through all layers together; their hidden states are held. `on_layer` hears of each layer.
