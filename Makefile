@@ -31,7 +31,7 @@ exactness: $(READY) ## every domain cut out of six models, compared on 100,000 h
 	$(BIN)/sigmoe bench suite=exactness exactness.dataset=data/six out=benchmarks/results/exactness
 
 test: $(READY) ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 parity: $(READY) ## every layout of tensor, expert and data parallelism against one process; minutes
 	OMP_NUM_THREADS=1 SIGMOE_PARITY=all $(BIN)/python -m pytest tests/distributed

@@ -4,13 +4,17 @@ The only file that imports transformers for a benchmark; it is imported by the w
 """
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from .train_step import OPTIMIZER, Step, StepShape
 
 
 def mixtral_step(shape: StepShape, implementation: str) -> Step:
-    """Return one training step; `implementation` of the experts: eager, grouped_mm or another it has."""
+    """Return one training step; `implementation` of the experts: eager, grouped_mm or another it has.
+
+    Several processes train it data-parallel, and return their parts of the mean loss.
+    """
     config = shape.model
     assert config.router.name == "top_k"
     assert config.sparse_layers == "all"
@@ -44,13 +48,14 @@ def mixtral_step(shape: StepShape, implementation: str) -> Step:
         fused=True,
     )
     token_BS = shape.tokens()
+    trained = model if shape.ranks == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def step(number: int) -> float:
-        loss: torch.Tensor = model(input_ids=token_BS, labels=token_BS).loss
+        loss: torch.Tensor = trained(input_ids=token_BS, labels=token_BS).loss
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss.detach()) / shape.ranks
 
     return step

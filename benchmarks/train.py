@@ -6,10 +6,10 @@ one after another, and ratios are taken inside a round.
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..moe.config import ModelConfig
 from ..moe.counts import train_flops
@@ -22,6 +22,32 @@ from .worker import Worker
 
 OURS = "sigmoe"
 Rounds = dict[str, list[WorkerAnswer]]
+COLUMNS = (
+    "contender",
+    "malloc",
+    "ms a step",
+    "fastest",
+    "tokens/s",
+    "sigmoe is",
+    "GFLOP/s",
+    "of matmul",
+    "peak MB",
+    "loss",
+)
+
+
+class Turns(Protocol):
+    """How contenders take turns."""
+
+    @property
+    def rounds(self) -> int:
+        """In each of which all of them do."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """A round."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +89,17 @@ def run_suite(settings: TrainBenchSettings, progress: Progress = no_progress) ->
     rows = [row for kind, rounds in measured.items() for row in _rows(settings, kind, rounds)]
     return BenchTable(
         title="Training step on a CPU",
-        columns=(
-            "contender",
-            "malloc",
-            "ms a step",
-            "fastest",
-            "tokens/s",
-            "sigmoe is",
-            "GFLOP/s",
-            "of matmul",
-            "peak MB",
-            "loss",
-        ),
+        columns=COLUMNS,
         rows=tuple(rows),
         notes=_notes(settings, measured),
         machine=describe(("torch", "transformers")) | {"threads used": str(settings.threads)},
-        record={"settings": dataclasses.asdict(settings), "rounds": {k: _plain(v) for k, v in measured.items()}},
+        record={"settings": dataclasses.asdict(settings), "rounds": {k: plain(v) for k, v in measured.items()}},
     )
 
 
 def _measure(settings: TrainBenchSettings, raised: bool, progress: Progress) -> Rounds:
     """Start all contenders, then let them take turns."""
     names = (OURS, *settings.peers, "matmul")
-    stage = f"rounds, malloc {'raised' if raised else 'default'}"
-    progress(stage, 0, settings.rounds)
-    rounds: Rounds = {name: [] for name in names}
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(
@@ -105,24 +117,40 @@ def _measure(settings: TrainBenchSettings, raised: bool, progress: Progress) -> 
             )
             for name in names
         }
-        for number in range(settings.rounds):
-            for name in names:
-                rounds[name].append(workers[name].run(settings.steps))
-            progress(stage, number + 1, settings.rounds)
-    return rounds
+        stage = f"rounds, malloc {'raised' if raised else 'default'}"
+        return take_turns({name: worker.run for name, worker in workers.items()}, settings, stage, progress)
 
 
 def _rows(settings: TrainBenchSettings, kind: str, rounds: Rounds) -> list[tuple[str, ...]]:
-    tokens = settings.batch * settings.sequence_length
-    flops = tokens * train_flops(settings.model, settings.model.build_registry(("text",)), settings.sequence_length)
+    labels = {OURS: OURS} | {name: f"transformers, {name}" for name in settings.peers}
+    return speed_rows(labels, settings.shape, kind, rounds)
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], WorkerAnswer]], settings: Turns, stage: str, progress: Progress
+) -> Rounds:
+    """Let each contender take its steps, round by round; return its answers."""
+    progress(stage, 0, settings.rounds)
+    rounds: Rounds = {name: [] for name in contenders}
+    for number in range(settings.rounds):
+        for name, run in contenders.items():
+            rounds[name].append(run(settings.steps))
+        progress(stage, number + 1, settings.rounds)
+    return rounds
+
+
+def speed_rows(labels: Mapping[str, str], shape: StepShape, kind: str, rounds: Rounds) -> list[tuple[str, ...]]:
+    """Return the table's rows, under `COLUMNS`; the first contender of `labels` is compared with the others."""
+    tokens, ours = shape.batch * shape.sequence_length, next(iter(labels))
+    flops = tokens * train_flops(shape.model, shape.model.build_registry(("text",)), shape.sequence_length)
     best_rates = [max(answer.matmul.values()) for answer in rounds["matmul"]]
     rows: list[tuple[str, ...]] = []
-    for name in (OURS, *settings.peers):
+    for name, label in labels.items():
         times = [statistics.median(answer.seconds) for answer in rounds[name]]
         second = statistics.median(times)
         share = statistics.median(flops / time / rate for time, rate in zip(times, best_rates))
         last = rounds[name][-1]
-        ratio = "" if name == OURS else f"{speed_ratio(rounds[OURS], rounds[name]):.2f}x"
+        ratio = "" if name == ours else f"{speed_ratio(rounds[ours], rounds[name]):.2f}x"
         fastest = min(min(answer.seconds) for answer in rounds[name])
         figures = (
             f"{second * 1e3:.0f}",
@@ -131,7 +159,6 @@ def _rows(settings: TrainBenchSettings, kind: str, rounds: Rounds) -> list[tuple
             ratio,
             f"{flops / second / 1e9:.0f}",
         )
-        label = name if name == OURS else f"transformers, {name}"
         rows.append((label, kind, *figures, f"{share:.0%}", f"{last.peak_bytes / 1e6:.0f}", f"{last.loss or 0:.3f}"))
     return rows
 
@@ -143,22 +170,9 @@ def speed_ratio(ours: Sequence[WorkerAnswer], peer: Sequence[WorkerAnswer]) -> f
 
 
 def _notes(settings: TrainBenchSettings, measured: Mapping[str, Rounds]) -> tuple[str, ...]:
-    model, router = settings.model, settings.model.router
-    shape = (
-        f"D {model.dim}, F {model.expert_dim}, {model.num_layers} layers, {router.num_experts} experts, "
-        f"top-{router.top_k}, heads {model.num_heads}/{model.num_kv_heads} of {model.head_width}, "
-        f"vocabulary {model.vocab_size}, batch {settings.batch} x {settings.sequence_length} tokens, fp32, "
-        f"{settings.threads} threads"
-    )
-    rates = {
-        kind: ", ".join(
-            f"{name} {statistics.median(answer.matmul[name] for answer in rounds['matmul']) / 1e9:.0f}"
-            for name in rounds["matmul"][0].matmul
-        )
-        for kind, rounds in measured.items()
-    }
+    rates = {kind: matmul_note(rounds) for kind, rounds in measured.items()}
     return (
-        shape,
+        f"{shape_note(settings.shape)}, {settings.threads} threads",
         "a step is forward, backward, clipping at norm 1 and fused AdamW; a process a contender, "
         f"{settings.rounds} alternating rounds of {settings.steps} steps after {settings.warmup} to warm up, medians; "
         "`sigmoe is`: median of the ratios inside each round; fastest: of all steps",
@@ -169,5 +183,24 @@ def _notes(settings: TrainBenchSettings, measured: Mapping[str, Rounds]) -> tupl
     )
 
 
-def _plain(rounds: Rounds) -> dict[str, object]:
+def shape_note(shape: StepShape) -> str:
+    """Return the model's and the batch's sizes in words."""
+    model, router = shape.model, shape.model.router
+    return (
+        f"D {model.dim}, F {model.expert_dim}, {model.num_layers} layers, {router.num_experts} experts, "
+        f"top-{router.top_k}, heads {model.num_heads}/{model.num_kv_heads} of {model.head_width}, "
+        f"vocabulary {model.vocab_size}, batch {shape.batch} x {shape.sequence_length} tokens, fp32"
+    )
+
+
+def matmul_note(rounds: Rounds) -> str:
+    """Return the machine's median rates in words."""
+    return ", ".join(
+        f"{name} {statistics.median(answer.matmul[name] for answer in rounds['matmul']) / 1e9:.0f}"
+        for name in rounds["matmul"][0].matmul
+    )
+
+
+def plain(rounds: Rounds) -> dict[str, object]:
+    """Return the answers as JSON data."""
     return {name: [dataclasses.asdict(answer) for answer in answers] for name, answers in rounds.items()}

@@ -14,7 +14,7 @@ from ..moe.config import ModelConfig
 from ..moe.initialize import initialize
 from ..moe.model import Transformer
 from ..moe.routing import TrainingPass
-from ..parallel.engine import OptimizerConfig
+from ..parallel.engine import OptimizerConfig, TrainEngine
 from ..parallel.local import LocalEngine
 
 Step = Callable[[int], float]
@@ -26,13 +26,16 @@ class StepShape:
     """What one step computes."""
 
     model: ModelConfig
-    batch: int  # sequences
+    batch: int  # sequences, of all processes together
     sequence_length: int  # tokens a sequence
+    rank: int = 0  # of the processes that share the batch out
+    ranks: int = 1
 
     def tokens(self) -> torch.Tensor:
-        """Return the batch, int64 [B, S]: random ids, the same in every process."""
+        """Return this process's even share of the batch, int64 [B, S]: random ids, the batch the same everywhere."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.model.vocab_size, (self.batch, self.sequence_length), generator=generator)
+        token_BS = torch.randint(self.model.vocab_size, (self.batch, self.sequence_length), generator=generator)
+        return token_BS.chunk(self.ranks)[self.rank]
 
 
 def build_step(contender: str, shape: StepShape) -> Step:
@@ -46,13 +49,30 @@ def build_step(contender: str, shape: StepShape) -> Step:
 def _sigmoe_step(shape: StepShape) -> Step:
     model = Transformer(shape.model, shape.model.build_registry(("text",)))
     initialize(model, 0)
-    engine, router = LocalEngine(model, OPTIMIZER), shape.model.router
-    token_BS = shape.tokens()
-    label_BS = torch.nn.functional.pad(token_BS[:, 1:], (0, 1), value=IGNORED)
-    start_BS, domain_B = torch.zeros_like(token_BS), torch.zeros(shape.batch, dtype=torch.int64)
-    labels = int((label_BS != IGNORED).sum())
+    return engine_step(model, LocalEngine(model, OPTIMIZER), shape)
+
+
+def engine_step(model: Transformer, engine: TrainEngine, shape: StepShape) -> Step:
+    """Return a step of a model that `engine` owns."""
+    loss_of = loss_function(model, shape)
 
     def step(number: int) -> float:
+        loss = loss_of(number)
+        engine.backward(loss)
+        engine.step(OPTIMIZER.lr)
+        return float(loss.detach())
+
+    return step
+
+
+def loss_function(model: Transformer, shape: StepShape) -> Callable[[int], torch.Tensor]:
+    """Return a function from the step's number to this process's part of the batch's mean loss, balance included."""
+    router, token_BS = shape.model.router, shape.tokens()
+    label_BS = torch.nn.functional.pad(token_BS[:, 1:], (0, 1), value=IGNORED)
+    start_BS, domain_B = torch.zeros_like(token_BS), torch.zeros(len(token_BS), dtype=torch.int64)
+    labels = shape.batch * (shape.sequence_length - 1)
+
+    def loss_of(number: int) -> torch.Tensor:
         output = model(
             token_BS,
             start_BS=start_BS,
@@ -61,11 +81,9 @@ def _sigmoe_step(shape: StepShape) -> Step:
             training=TrainingPass(seed=0, step=number),
         )
         loss: torch.Tensor = output.loss_sum / labels
-        share = 1 / (max(len(output.stats), 1) * token_BS.numel())
+        share = 1 / (max(len(output.stats), 1) * shape.batch * shape.sequence_length)
         for stats in output.stats:
             loss = loss + share * (router.auxiliary_loss * stats.balance_sum + router.z_loss * stats.z_sum)
-        engine.backward(loss)
-        engine.step(OPTIMIZER.lr)
-        return float(loss.detach())
+        return loss
 
-    return step
+    return loss_of

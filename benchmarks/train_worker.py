@@ -56,10 +56,11 @@ def _prepare(request: WorkerRequest) -> Callable[[int], WorkerAnswer]:
     if request.contender == "matmul":
         return lambda count: WorkerAnswer(matmul=matmul_rates(torch.device("cpu")))
     step, numbers = build_step(request.contender, request.shape), itertools.count()
-    return lambda count: _round(step, itertools.islice(numbers, count))
+    return lambda count: measure(step, itertools.islice(numbers, count))
 
 
-def _round(step: Step, numbers: Iterator[int]) -> WorkerAnswer:
+def measure(step: Step, numbers: Iterator[int]) -> WorkerAnswer:
+    """Take the steps of these numbers."""
     seconds: list[float] = []
     loss = None
     for number in numbers:

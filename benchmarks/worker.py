@@ -13,8 +13,8 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -57,30 +57,48 @@ RequestT = TypeVar("RequestT", bound=Request)
 class Worker(Generic[AnswerT]):
     """A process that measures one contender, warmed up when construction returns; a context manager that ends it.
 
-    It runs `module` of this folder, which answers `request`, and every number that follows, with an `answer`.
+    It runs `module` of this folder, which answers `request`, and every number that follows, with an `answer`. Without
+    `wait` the first answer is still to be received: of several processes that need each other.
     """
 
-    def __init__(self, module: str, request: Request, answer: type[AnswerT]) -> None:
+    def __init__(
+        self,
+        module: str,
+        request: Request,
+        answer: type[AnswerT],
+        *,
+        wait: bool = True,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.name, self.answer = request.contender, answer
         self.complaints = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed by _end
         pipe = subprocess.PIPE
-        self.process = start_module(f"benchmarks.{module}", stdin=pipe, stdout=pipe, stderr=self.complaints)
+        self.process = start_module(
+            f"benchmarks.{module}", stdin=pipe, stdout=pipe, stderr=self.complaints, environment=environment
+        )
         try:
-            self._ask(json.dumps(dataclasses.asdict(request)))
+            self.send(json.dumps(dataclasses.asdict(request)))
+            if wait:
+                self.receive()
         except BaseException:
             self._end(kill=True)
             raise
 
     def run(self, steps: int) -> AnswerT:
         """Let it take `steps` steps."""
-        return self._ask(str(steps))
+        self.send(str(steps))
+        return self.receive()
 
-    def _ask(self, line: str) -> AnswerT:
+    def send(self, line: str) -> None:
+        """Ask for something; `receive` returns the answer."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it ended: then there is no answer either
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
+
+    def receive(self) -> AnswerT:
+        """Wait for an answer. Raises OSError with the last line that the process wrote where it has ended."""
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             self.process.wait()
@@ -105,11 +123,17 @@ class Worker(Generic[AnswerT]):
 
 
 def start_module(
-    module: str, *arguments: str, stdin: int | None = None, stdout: int, stderr: IO[str]
+    module: str,
+    *arguments: str,
+    stdin: int | None = None,
+    stdout: int,
+    stderr: IO[str],
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[str]:
-    """Start a module of sigmoe as a process; None: it shares our stdin."""
+    """Start a module of sigmoe as a process, with `environment` beside our own; stdin None: it shares ours."""
+    added = ["env", *(f"{name}={value}" for name, value in environment.items())] if environment else []
     # -P and another folder keep the package root off sys.path, where our `kernels` would shadow Hugging Face's.
-    command = [sys.executable, "-P", "-W", "ignore", "-m", f"sigmoe.{module}", *arguments]
+    command = [*added, sys.executable, "-P", "-W", "ignore", "-m", f"sigmoe.{module}", *arguments]
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, text=True, cwd=tempfile.gettempdir())
 
 

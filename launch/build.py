@@ -10,18 +10,18 @@ from ..moe.data.dataset import Dataset
 from ..moe.domains import DomainRegistry
 from ..moe.initialize import initialize
 from ..moe.model import Transformer
+from ..moe.precision import wide_dtype
 from ..moe.route_table import fill_route_tables
-from ..parallel.costs import footprint
 from ..parallel.engine import TrainEngine
 from ..parallel.layout import check_layout
 from ..parallel.local import LocalEngine
 from ..parallel.mesh import Axis, Mesh, single_mesh
 from ..parallel.recompute import apply_recompute
 from ..parallel.shards import Sharding
+from .layout_costs import DTYPES
 from .train_config import TrainConfig
 
 _PARALLEL = "sigmoe.parallel"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_mesh(config: TrainConfig, registry: DomainRegistry, world: Axis) -> Mesh:
@@ -39,14 +39,6 @@ def build_mesh(config: TrainConfig, registry: DomainRegistry, world: Axis) -> Me
         return single_mesh()
     mesh: Mesh = _module("megatron").build_mesh(config.parallel)
     return mesh
-
-
-def rank_bytes(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, *, on_gpu: bool) -> int:
-    """Return the least that this rank takes, by formula; what is offloaded from a GPU and activations do not count."""
-    accumulation = config.global_batch // (mesh.dp.size * config.micro_size(mesh.dp.size))
-    dtype = _DTYPES[config.precision]
-    held = footprint(config.model, registry, mesh, config.parallel, dtype, accumulation=accumulation)
-    return held.total - (held.optimizer if on_gpu and config.parallel.offload == "cpu" else 0)
 
 
 def build_model(
@@ -68,20 +60,20 @@ def build_model(
         size = config.model.vocab_size
         padded = {name: torch.nn.functional.pad(count, (0, size - len(count))) for name, count in counts.items()}
         fill_route_tables(model, padded, config.seed)
-    return model
+    return model.to(wide_dtype(DTYPES[config.precision]))
 
 
 def build_engine(config: TrainConfig, model: Transformer, mesh: Mesh) -> TrainEngine:
     """Return what owns the model's parameters from now on."""
     if mesh.world.size == 1:
-        return LocalEngine(model, config.optim, _DTYPES[config.precision])
+        return LocalEngine(model, config.optim, DTYPES[config.precision])
     engine: TrainEngine = _module("zero").ZeroEngine(
         model,
         mesh,
         config.optim,
         config.parallel,
         Sharding(config.model, model.registry, mesh),
-        dtype=_DTYPES[config.precision],
+        dtype=DTYPES[config.precision],
         accumulation=config.global_batch // (mesh.dp.size * config.micro_size(mesh.dp.size)),
     )
     return engine

@@ -36,7 +36,7 @@ def checkpoint_content(trainer: Trainer, before: Losses, after: Losses) -> Check
             config.model,
             trainer.registry,
             sequence_length=config.sequence_length,
-            dtype="float32",
+            dtype="float64" if config.precision == "fp64" else "float32",
             end_of_text=dataset.end_of_text,
             padding=dataset.padding,
         ),

@@ -20,6 +20,7 @@ from ..parallel.agreement import together
 from ..parallel.checkpointer import Checkpointer
 from ..parallel.collectives import all_reduce
 from .evaluation import Losses, evaluate_domains
+from .layout_costs import DTYPES
 from .metrics import Metrics
 from .progress import TrainProgress
 from .run_state import checkpoint_content, restore
@@ -66,11 +67,10 @@ class Session:
     def run(self) -> SessionResult:
         """Train to the end of the session and save."""
         config, trainer = self.config, self.trainer
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         metrics = None
         with together(self.world):
             if self.world.rank == 0:
-                self.matmul_rate = matmul_rate(trainer.device, dtype)
+                self.matmul_rate = matmul_rate(trainer.device, DTYPES[config.precision])
                 tensorboard = config.logger.tensorboard
                 metrics = Metrics(self.directory, tensorboard=tensorboard, resumed_step=self.resumed_step)
         seconds, first = 0.0, trainer.step

@@ -12,11 +12,12 @@ from ..kernels.gate import Gate, choose, gate
 from .balance import batch_balance_sum, sequence_balance_sum
 from .config import RouterConfig
 from .keyed import keyed_uniform, seed_of
+from .precision import wide_dtype
 from .routing import Routing, RoutingContext, merge_groups
 
 
 class LearnedGate(nn.Module):
-    """What the learned routers share: a linear gate in fp32 over some experts, its balance sums and its jitter."""
+    """What the learned routers share: a linear gate (fp32 or fp64) over some experts, its balance sums, its jitter."""
 
     def __init__(self, config: RouterConfig, layer: int, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -26,8 +27,8 @@ class LearnedGate(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
 
     def jittered(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
-        """Return the gate's fp32 input; in training times uniform noise, keyed by (seed, step, layer, global token)."""
-        x_BSD = x_BSD.float()
+        """Return the gate's input; in training times uniform noise, keyed by (seed, step, layer, global token)."""
+        x_BSD = _widened(x_BSD)
         if context.training is None or self.config.jitter == 0:
             return x_BSD
         key = seed_of("jitter", context.training.seed, context.training.step, self.layer)
@@ -36,16 +37,17 @@ class LearnedGate(nn.Module):
 
     def choose(self, x_BSD: Tensor, experts: Tensor | None) -> Gate:
         """Run the gate over `experts` alone (None: all), so that a submodel of them does the same arithmetic."""
-        logits_BSE, bias_E = self._logits(x_BSD, experts)
+        logits_BSE, bias_E = self.logits(x_BSD, experts)
         return gate(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=self.config.renormalize)
 
     def choose_alone(self, x_BSD: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the gate's choices over `experts` and their weights, `[B, S, K]`, without sums and autograd."""
-        logits_BSE, bias_E = self._logits(x_BSD, experts)
+        logits_BSE, bias_E = self.logits(x_BSD, experts)
         return choose(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=self.config.renormalize)[:2]
 
-    def _logits(self, x_BSD: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weight_ED, bias_E = self.weight.float(), self._buffers.get("e_score_correction_bias")
+    def logits(self, x_BSD: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of fp32 `x_BSD` over `experts` (None: all), and the selection bias of these, if any."""
+        weight_ED, bias_E = _widened(self.weight), self._buffers.get("e_score_correction_bias")
         if experts is not None:
             weight_ED = weight_ED[experts]
             bias_E = None if bias_E is None else bias_E[experts]
@@ -79,7 +81,7 @@ class TopKRouter(LearnedGate):
 
     def choices(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return experts and weights `[B, S, K]` outside training, nothing counted, no autograd."""
-        return self.choose_alone(x_BSD.float(), None)
+        return self.choose_alone(_widened(x_BSD), None)
 
 
 class DomainTopKRouter(LearnedGate):
@@ -118,7 +120,7 @@ class DomainTopKRouter(LearnedGate):
         parts = []
         for group in context.groups:
             experts = torch.tensor(self.sets[group.domain], device=x_BSD.device)
-            place_BSK, weight_BSK = self.choose_alone(group.of(x_BSD).float(), experts)
+            place_BSK, weight_BSK = self.choose_alone(_widened(group.of(x_BSD)), experts)
             parts.append((experts[place_BSK], weight_BSK))
         expert_BSK, weight_BSK = (merge_groups(context.groups, [part[i] for part in parts]) for i in range(2))
         return expert_BSK, weight_BSK
@@ -181,6 +183,10 @@ def build_router(
             return DomainTopKRouter(config, layer, dim, sets)
         case "rre":
             return RandomRoutedExperts(config, layer, vocab_size, sets)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x.dtype))
 
 
 def _capacity(config: RouterConfig, context: RoutingContext, sizes: list[int], device: torch.device) -> Tensor | None:

@@ -11,7 +11,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def build_adamw(decayed: Iterable[Tensor], rest: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over fp32 masters, its moments zero; each master has its own step. Masters without `.grad` stand."""
+    """Return AdamW over masters, its moments zero; each master has its own step. Masters without `.grad` stand."""
     groups = [
         {"params": list(decayed), "weight_decay": config.weight_decay},
         {"params": list(rest), "weight_decay": 0.0},

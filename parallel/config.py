@@ -11,7 +11,7 @@ class ParallelConfig:
     tp: int = 1  # tensor parallelism of attention, dense layers, embedding and head
     ep: int = 1  # expert parallelism: the experts of a sparse layer are spread over so many processes
     etp: int | None = None  # tensor parallelism inside an expert: tp or 1; None: tp
-    zero_stage: Literal[1, 2, 3] = 1  # DeepSpeed ZeRO
+    zero_stage: int = 1  # DeepSpeed ZeRO: 1 or 2
     offload: Literal["none", "cpu"] = "none"  # where the optimizer's state lives
     recompute: Literal["none", "layer", "experts", "attention"] = "none"  # what the backward computes again
     timeout: int = 600  # seconds that a process waits for another
@@ -23,6 +23,11 @@ class ParallelConfig:
         if self.etp not in (None, 1, self.tp):
             allowed = "1" if self.tp == 1 else f"1 or tp ({self.tp})"
             raise ValueError(f"parallel.etp must be {allowed}, got {self.etp}")
+        if self.zero_stage not in (1, 2):
+            # 0.19.8 asserts so in _validate_zero3_moe_compatibility. With experts withheld it would still gather
+            # parameters, and sum gradients, as a batch reaches them: ranks whose domains differ would not meet.
+            why = "DeepSpeed's stage 3 takes experts that are spread over ranks in its own AutoEP layer alone"
+            raise ValueError(f"parallel.zero_stage must be 1 or 2, got {self.zero_stage}: {why}")
         for name, allowed_values in _CHOICES.items():
             if getattr(self, name) not in allowed_values:
                 choices = ", ".join(map(str, allowed_values))
@@ -35,7 +40,6 @@ class ParallelConfig:
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {
-    "zero_stage": (1, 2, 3),
     "offload": ("none", "cpu"),
     "recompute": ("none", "layer", "experts", "attention"),
 }

@@ -1,6 +1,6 @@
-"""Bytes that a process holds and sends under ZeRO: pure arithmetic on config and layout, held to measurements by tests.
+"""Bytes that a process holds under ZeRO: pure arithmetic on config and layout, held to measurements by tests.
 
-Activations and the collectives of tensor and expert parallelism are not in here.
+Activations are not in here; what a process sends is in `traffic.py`.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ import torch
 from ..moe.config import ModelConfig
 from ..moe.domains import DomainRegistry
 from ..moe.model import Transformer
+from ..moe.precision import is_narrow, wide_dtype
 from .config import ParallelConfig
 from .mesh import Axis, Mesh
 from .shards import Sharding
 
 BUCKET = 50_000_000  # elements that are summed in one collective, at the most
-_FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Footprint:
     parameters: int
     gradients: int  # when the last backward of a step ends: its own, and the sums so far
     buckets: int  # what gradients pass through while they are summed
-    optimizer: int  # masters and two moments, all fp32; in host memory where offloaded
+    optimizer: int  # masters and two moments, fp32 or fp64; in host memory where offloaded
 
     @property
     def total(self) -> int:
@@ -34,18 +34,9 @@ class Footprint:
         return self.parameters + self.gradients + self.buckets + self.optimizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Bytes that a process hands to the data-parallel collectives of one step, by axis."""
-
-    reduced: dict[str, int]  # all-reduce of gradients
-    gathered: dict[str, int]  # all-gather of parameters: what comes out
-    agreed: int  # all-reduce over the world of norm and finiteness
-
-
 @dataclass(frozen=True)
-class _Group:
-    """Parameters of one kind and dtype, which ZeRO cuts into even intervals."""
+class ParameterGroup:
+    """Parameters of one kind and dtype here, which ZeRO cuts into even intervals over the axis."""
 
     axis_name: str
     axis: Axis
@@ -66,63 +57,55 @@ def footprint(
     dtype: torch.dtype,
     *,
     accumulation: int = 1,
+    experts_outside: bool = False,
 ) -> Footprint:
     """Return what a process of this mesh holds; the mesh's groups may be None.
 
-    A backward leaves gradients of the parameters' dtype in full; those of backwards before it stand in fp32: those of
-    all parameters under stage 1 (the same memory where parameters are fp32), of the interval under stage 2.
+    A backward leaves gradients of the parameters' dtype in full; those of backwards before it stand in fp32 (fp64): of
+    the interval under stage 2, else of all parameters, in the same memory where parameters are as wide. What is not
+    under ZeRO (see `ZeroEngine`) stands in full, and needs no other masters where it is not narrower.
     """
-    groups = list(_groups(config, registry, mesh, dtype))
-    narrow = dtype != torch.float32
-    gradients = sum(group.size * group.dtype.itemsize for group in groups)
-    intervals = sum(group.padded // group.axis.size for group in groups)
-    if parallel.zero_stage == 1 and narrow:
-        gradients = sum(group.size * _FP32 for group in groups)
-        # The last backward's own are still there with the sums of those before.
-        gradients += sum(group.size * group.dtype.itemsize for group in groups) if accumulation > 1 else 0
-    elif parallel.zero_stage == 2 and accumulation > 1:
-        gradients += intervals * _FP32
-    total = sum(group.size for group in groups)
+    item = wide_dtype(dtype).itemsize
+    parameters = gradients = optimizer = 0
+    buckets = {"dp": 0, "edp": 0}
+    for group in parameter_groups(config, registry, mesh, dtype):
+        withheld = shares_nothing(group.axis, parallel) or (experts_outside and group.axis_name == "edp")
+        own, wide = group.size * group.dtype.itemsize, group.size * item
+        interval = group.size if withheld else group.padded // group.axis.size
+        parameters += own if withheld else group.padded * group.dtype.itemsize
+        optimizer += (3 if not withheld or is_narrow(group.dtype) else 2) * item * interval
+        buckets[group.axis_name] += 0 if withheld else group.size
+        if withheld or parallel.zero_stage == 1:
+            # Wide sums beside the last backward's own; with one backward a step those are gone when these stand.
+            narrow = is_narrow(group.dtype if withheld else dtype)
+            gradients += (own + wide if accumulation > 1 else wide) if narrow else own
+        else:
+            gradients += own + (interval * item if accumulation > 1 else 0)
     return Footprint(
-        parameters=sum(group.padded * group.dtype.itemsize for group in groups),
+        parameters=parameters,
         gradients=gradients,
-        buckets=min(total, BUCKET) * _FP32,
-        optimizer=3 * _FP32 * intervals,
+        buckets=sum(min(size, BUCKET) * item for size in buckets.values()),
+        optimizer=optimizer,
     )
 
 
-def traffic(
-    config: ModelConfig,
-    registry: DomainRegistry,
-    mesh: Mesh,
-    parallel: ParallelConfig,
-    dtype: torch.dtype,
-    *,
-    accumulation: int = 1,
-) -> Traffic:
-    """Return what a process hands to collectives in a step; axes of one process send nothing.
-
-    Gradients are summed in fp32: once a step under stage 1, after every backward under stage 2.
-    """
-    times = accumulation if parallel.zero_stage == 2 else 1
-    reduced, gathered = {"dp": 0, "edp": 0}, {"dp": 0, "edp": 0}
-    for group in _groups(config, registry, mesh, dtype):
-        if group.axis.size > 1:
-            reduced[group.axis_name] += times * group.size * _FP32
-            gathered[group.axis_name] += group.padded * group.dtype.itemsize
-    return Traffic(reduced=reduced, gathered=gathered, agreed=16 if mesh.world.size > 1 else 0)
+def shares_nothing(axis: Axis, parallel: ParallelConfig) -> bool:
+    """Whether ZeRO has nothing to do for parameters on this axis: one process has them, and nothing is offloaded."""
+    return axis.size == 1 and parallel.offload == "none"
 
 
-def _groups(config: ModelConfig, registry: DomainRegistry, mesh: Mesh, dtype: torch.dtype) -> Iterator[_Group]:
-    """Yield dense and expert parameters here; the routers' gates stay fp32."""
+def parameter_groups(
+    config: ModelConfig, registry: DomainRegistry, mesh: Mesh, dtype: torch.dtype
+) -> Iterator[ParameterGroup]:
+    """Yield dense ("dp") and expert ("edp") parameters; the routers' gates are never narrow."""
     sharding = Sharding(config, registry, mesh)
     with torch.device("meta"):
         model = Transformer(config, registry)
     sizes: dict[tuple[str, torch.dtype], int] = {}
     for name, parameter in model.named_parameters():
         axis = "dp" if sharding.experts(name) is None else "edp"
-        key = axis, torch.float32 if name.endswith("gate.weight") else dtype
+        key = axis, wide_dtype(dtype) if name.endswith("gate.weight") else dtype
         size = torch.Size(sharding.local_shape(name, tuple(parameter.shape))).numel()
         sizes[key] = sizes.get(key, 0) + size
     for (axis, kind), size in sizes.items():
-        yield _Group(axis, mesh.dp if axis == "dp" else mesh.edp, kind, size)
+        yield ParameterGroup(axis, mesh.dp if axis == "dp" else mesh.edp, kind, size)

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.canonical import canonical_tensors, canonical_views
+from ..moe.precision import is_narrow, wide_dtype
 from ..moe.storage.tensors import named_tensors
 from .adamw import MOMENTS, build_adamw
 from .engine import NamedState, OptimizerConfig, StepResult, TensorSource
 
 
 class LocalEngine:
-    """Owns all parameters of `model`, given in fp32. With a narrower `dtype` they are rounded to it, but for the
-    routers' gates, and fp32 masters are kept."""
+    """Owns all parameters of `model`, given in fp32 or fp64. With a narrower `dtype` they are rounded to it, but for
+    the routers' gates, and fp32 masters are kept."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.config = model, config
@@ -25,7 +26,7 @@ class LocalEngine:
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             self.masters.update(canonical_views(name, parameter.detach()))
-            if dtype != torch.float32 and not name.endswith("gate.weight"):
+            if is_narrow(dtype) and not name.endswith("gate.weight"):
                 parameter.data = parameter.data.to(dtype)
         self.gradients: dict[str, Tensor] = {}  # fp32 sums, used where the parameters are narrower
         self.loss_finite = True
@@ -39,7 +40,7 @@ class LocalEngine:
         self.loss_finite = self.loss_finite and bool(loss.detach().isfinite())
         loss.backward()  # type: ignore[no-untyped-call]
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32 and parameter.grad is not None:
+            if is_narrow(parameter.dtype) and parameter.grad is not None:
                 total = self.gradients.get(name)
                 narrow = parameter.grad.float()
                 self.gradients[name] = narrow if total is None else total.add_(narrow)
@@ -92,12 +93,12 @@ class LocalEngine:
         return {f"{n}.{m}": self.optimizer.state[p][m] for n, p in self.masters.items() for m in MOMENTS}
 
     def _canonical_gradients(self) -> dict[str, Tensor]:
-        """Return fp32 gradients of what trains, zeros where backward reached a parameter not at all."""
+        """Return gradients of what trains, in fp32 at least, zeros where backward reached a parameter not at all."""
         gradients: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             gradient = self.gradients.get(name, parameter.grad)
             if gradient is None:
-                gradient = torch.zeros_like(parameter, dtype=torch.float32)
+                gradient = torch.zeros_like(parameter, dtype=wide_dtype(parameter.dtype))
             gradients.update(canonical_views(name, gradient))
         return {name: gradient for name, gradient in gradients.items() if self.trains(name)}
 
@@ -114,7 +115,7 @@ class LocalEngine:
     def _publish(self) -> None:
         """Round the masters into narrower parameters."""
         for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
+            if is_narrow(parameter.dtype):
                 for canonical, view in canonical_views(name, parameter):
                     view.copy_(self.masters[canonical])
 

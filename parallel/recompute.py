@@ -15,8 +15,8 @@ from ..moe.model import Transformer
 def apply_recompute(model: Transformer, kind: Literal["none", "layer", "experts", "attention"]) -> None:
     """Recompute whole blocks, or the experts' products, or attention.
 
-    Experts and attention repeat no collective; a block repeats those of its forward but the last, whose result nothing
-    in the backward wants: all ranks alike.
+    Experts repeat no collective, attention those of a QK-norm over the width; a block repeats those of its forward but
+    the last, whose result nothing in the backward wants: all ranks alike.
     """
     match kind:
         case "none":

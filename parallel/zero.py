@@ -3,7 +3,8 @@
 DeepSpeed lays parameters end to end, cuts them into intervals, sums gradients into them and gathers updated
 parameters. What happens to an interval is ours (`segments.py`): AdamW, the global norm, clipping, freezing, skipping.
 It is driven through its optimizer class rather than `deepspeed.initialize`: the engine would round the routers' gates,
-divide gradients by the number of processes, and believe in experts only inside its own layer.
+divide gradients by the number of processes, and believe in experts only inside its own layer. Dense parameters and
+experts, which lie on different axes, are two such optimizers; what only one process holds needs none.
 
 Importing it takes seconds: only runs of several processes do.
 """
@@ -22,33 +23,27 @@ from torch import Tensor, nn
 
 from ..moe.canonical import expected_shapes
 from ..moe.model import Transformer
+from ..moe.precision import wide_dtype
 from .adamw import MOMENTS
 from .collectives import all_reduce
 from .config import ParallelConfig
-from .costs import BUCKET
+from .costs import BUCKET, shares_nothing
 from .engine import NamedState, OptimizerConfig, StepResult, TensorSource
 from .gather import Gathered
 from .local import check_source
-from .mesh import Mesh
+from .mesh import Axis, Mesh
 from .pieces import HeldState, Piece
 from .replicated import ReplicatedShards
 from .segments import Interval, SegmentAdamW, find_segments
 from .shards import Sharding
 
-# Tried with 0.19.8 and the experts withheld: initialize passes, the first forward raises in fetch_sub_module.
-_STAGE_3 = (
-    "parallel.zero_stage=3 is refused: DeepSpeed has none for experts that are spread by rank, and where they are "
-    "withheld from it, it still fetches every parameter of a module that is called; valid would be 1 or 2"
-)
-_EXPERTS = "experts"  # DeepSpeed's name for the experts' data-parallel group
-
 
 class ZeroEngine:
-    """Owns all parameters of a parallelised `model`, given in fp32; with a narrower `dtype` they are rounded to it, but
-    for the routers' gates, and fp32 masters are kept. See `TrainEngine`.
+    """Owns all parameters of a parallelised `model`, given in fp32 or fp64; with a narrower `dtype` they are rounded to
+    it, but for the routers' gates, and fp32 masters are kept. See `TrainEngine`.
 
-    A step takes `accumulation` backwards. Stage 3 is refused. With `experts_outside` DeepSpeed never sees the experts:
-    every process of the expert-data axis keeps them in full, masters and moments too.
+    A step takes `accumulation` backwards. With `experts_outside` DeepSpeed never sees the experts: every process of the
+    expert-data axis keeps them in full, masters and moments too. So it is with all that only one process holds.
     """
 
     def __init__(
@@ -63,8 +58,6 @@ class ZeroEngine:
         accumulation: int = 1,
         experts_outside: bool = False,
     ) -> None:
-        if parallel.zero_stage == 3:
-            raise ValueError(_STAGE_3)
         self.model, self.mesh, self.config = model, mesh, config
         self.accumulation, self.backwards, self.loss_finite = accumulation, 0, True
         self.trains: Callable[[str], bool] = lambda name: True
@@ -73,12 +66,15 @@ class ZeroEngine:
         expected = expected_shapes(model.config, model.registry)
         self.shapes = {name: shape for name, shape in expected.items() if name not in self.buffers}
         wide = _round(parameters, sharding, dtype)
-        outside = {name for name in parameters if experts_outside and sharding.experts(name) is not None}
-        inside = {name: parameter for name, parameter in parameters.items() if name not in outside}
-        self.parts: list[ZeroShards | ReplicatedShards] = [ZeroShards(inside, sharding, mesh, parallel)]
-        if outside:
-            withheld = {name: parameters[name] for name in parameters if name in outside}
-            self.parts.append(ReplicatedShards(withheld, sharding, mesh, mesh.edp))
+        experts = {name: parameters[name] for name in parameters if sharding.experts(name) is not None}
+        dense = {name: parameters[name] for name in parameters if name not in experts}
+        self.parts: list[ZeroShards | ReplicatedShards] = []
+        # Apart, so the sums of what tensor ranks replicate do not depend on their experts.
+        for some, axis, withheld in ((dense, mesh.dp, False), (experts, mesh.edp, experts_outside)):
+            if some and (withheld or shares_nothing(axis, parallel)):
+                self.parts.append(ReplicatedShards(some, sharding, mesh, axis))
+            elif some:
+                self.parts.append(ZeroShards(some, sharding, mesh, axis, parallel))
         self.optimizer = SegmentAdamW([interval for part in self.parts for interval in part.intervals], config)
         self.optimizer.fill(wide)
 
@@ -151,7 +147,7 @@ class ZeroEngine:
 
 
 class ZeroShards:
-    """Named parameters under ZeRO stage 1 or 2. Each group of one kind (dense, expert) and dtype is one interval here.
+    """Named parameters under ZeRO stage 1 or 2, shared out over `axis`. Those of one dtype are one interval here.
 
     Gradients are reduced after each backward in the order of the parameters, not as they come: the order in which a
     backward reaches parameters depends on the batch (a rank may have no sequence of a domain), and ranks that disagree
@@ -159,18 +155,27 @@ class ZeroShards:
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], sharding: Sharding, mesh: Mesh, parallel: ParallelConfig
+        self,
+        parameters: dict[str, nn.Parameter],
+        sharding: Sharding,
+        mesh: Mesh,
+        axis: Axis,
+        parallel: ParallelConfig,
     ) -> None:
         logger.setLevel(logging.WARNING)
         # DeepSpeed 0.19.8 would compile shared-memory collectives for inference here, on a CPU, and print about it.
         ops.__compatible_ops__ = {}
         init_distributed()  # torch.distributed is up: this only lets DeepSpeed find it
         self.stage, self.offloads = parallel.zero_stage, parallel.offload == "cpu"
-        groups = _groups(parameters, sharding)
+        groups = _groups(parameters)
         self.parameters = [parameter for group in groups for parameter in group.values()]
-        self.zero = _build(groups, mesh, parallel)
+        self.zero = _build(groups, axis, parallel)
         self.sums: list[Tensor] = []
-        self.intervals = [_interval(group, self.zero, index, sharding, mesh) for index, group in enumerate(groups)]
+        sizes, masters = self.zero.partition_size, self.zero.single_partition_of_fp32_groups
+        self.intervals = [
+            Interval(master, find_segments(group.items(), sharding, mesh, axis.rank * size, (axis.rank + 1) * size))
+            for group, size, master in zip(groups, sizes, masters)
+        ]
 
     def accumulate(self, *, last: bool) -> None:
         """Take the gradients of a backward; processes sum them now (stage 2), or after the last one of a step."""
@@ -188,7 +193,7 @@ class ZeroShards:
             self.sums = self._take()
 
     def gradients(self) -> list[Tensor]:
-        """Return the summed gradient of each interval, fp32."""
+        """Return the summed gradient of each interval, in fp32 at least."""
         return self.sums
 
     def publish(self) -> None:
@@ -228,10 +233,14 @@ class ZeroShards:
 
 
 class _Optimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """Stages gradients in fp32: 0.19.8 would stage those of stage 2 in the first group's dtype."""
+    """Stages gradients in the masters' dtype: 0.19.8 would stage those of stage 2 in the first group's."""
 
-    def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
-        return torch.float32
+    def _gradient_reduction_buffer_dtype(self) -> Any:
+        return self.gradient_accumulation_dtype
+
+    def _configure_master_weights(self, **settings: object) -> torch.dtype:
+        """Masters of fp64 parameters are fp64: of itself 0.19.8 knows narrower ones than fp32 alone."""
+        return wide_dtype(self.optimizer.param_groups[0]["params"][0].dtype)
 
     def create_gradient_handling_hooks(self) -> None:
         """Register none: see `ZeroShards`."""
@@ -263,38 +272,31 @@ def _whole(name: str, tensor: Tensor) -> Piece:
     return Piece(name=name, shape=shape, dim=None, start=0, stop=0, begin=0, end=size, tensor=tensor.view(-1))
 
 
-def _groups(parameters: dict[str, nn.Parameter], sharding: Sharding) -> list[dict[str, nn.Parameter]]:
-    """Return dense ones, then experts: so the sums of what tensor ranks replicate do not depend on their experts."""
-    groups: dict[tuple[bool, torch.dtype], dict[str, nn.Parameter]] = {}
+def _groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Return those of each dtype; the narrow one first: DeepSpeed takes the first group's for the dtype of all."""
+    groups: dict[torch.dtype, dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        is_expert = sharding.experts(name) is not None
-        groups.setdefault((is_expert, parameter.dtype), {})[name] = parameter
-        if is_expert:
-            parameter.allreduce = False  # type: ignore[attr-defined]  # so DeepSpeed knows an expert
-            parameter.group_name = _EXPERTS  # type: ignore[attr-defined]
-    # The narrow dtype first: DeepSpeed takes the first group's for the dtype of all.
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], key[1].itemsize))]
+        groups.setdefault(parameter.dtype, {})[name] = parameter
+    return [groups[dtype] for dtype in sorted(groups, key=lambda dtype: dtype.itemsize)]
 
 
-def _build(groups: Sequence[dict[str, nn.Parameter]], mesh: Mesh, parallel: ParallelConfig) -> Any:
-    kinds = [{"name": _EXPERTS, "moe": True} if _is_expert(group) else {"name": "dense"} for group in groups]
+def _build(groups: Sequence[dict[str, nn.Parameter]], axis: Axis, parallel: ParallelConfig) -> Any:
     # DeepSpeed takes groups from an optimizer; it never steps.
-    holder = torch.optim.SGD([{"params": list(group.values()), **kind} for group, kind in zip(groups, kinds)], lr=0.0)
+    holder = torch.optim.SGD([{"params": list(group.values())} for group in groups], lr=0.0)
     names = {parameter: name for group in groups for name, parameter in group.items()}
     total = sum(parameter.numel() for parameter in names)
+    wide = wide_dtype(next(iter(names)).dtype)
     return _Optimizer(
         holder,
         names,
         timers=NoopTimer(),
         optimizer_params={},
         reduce_bucket_size=min(total, BUCKET),
-        dp_process_group=mesh.dp.group,
-        expert_parallel_group={_EXPERTS: mesh.ep.group},
-        expert_data_parallel_group={_EXPERTS: mesh.edp.group},
-        has_moe_layers=any(map(_is_expert, groups)),
+        dp_process_group=axis.group,
+        reduce_scatter=False,  # of what 0.19.8 calls so it all-reduces a copy of the bucket, and copies it back
         offload_optimizer_config=_offload(parallel, next(iter(names)).device),
-        communication_data_type=torch.float32,
-        gradient_accumulation_dtype=torch.float32,
+        communication_data_type=wide,
+        gradient_accumulation_dtype=wide,
         gradient_average=False,
         partition_grads=parallel.zero_stage == 2,
         check_grad_overflow=False,
@@ -305,17 +307,6 @@ def _offload(parallel: ParallelConfig, device: torch.device) -> DeepSpeedZeroOff
     if parallel.offload == "none":
         return None
     return DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=device.type == "cuda")
-
-
-def _is_expert(group: dict[str, nn.Parameter]) -> bool:
-    return not getattr(next(iter(group.values())), "allreduce", True)
-
-
-def _interval(group: dict[str, nn.Parameter], zero: Any, index: int, sharding: Sharding, mesh: Mesh) -> Interval:
-    axis = mesh.edp if _is_expert(group) else mesh.dp
-    size = zero.partition_size[index]
-    segments = find_segments(group.items(), sharding, mesh, axis.rank * size, (axis.rank + 1) * size)
-    return Interval(zero.single_partition_of_fp32_groups[index], segments)
 
 
 def _flat(parts: Any) -> Tensor:

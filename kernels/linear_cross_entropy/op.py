@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..linear import padded, product
+from ..linear import padded, padded_size, product
 from .sharded import ColumnShard, columns, sharded_softmax
 
 _IGNORED = -100
@@ -99,6 +99,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad is not None:
                 grad.mul_(grads[0])
         return grad_x, grad_weight, None, None, None, None, None
+
+
+def reduced_elements(num_tokens: int, num_columns: int, like: torch.Tensor) -> int:
+    """How many elements a holder hands to its shard's reductions, for as many tokens of `like`'s dtype and device.
+
+    Of every token, and of the padding of its chunk: a maximum, a sum and a logit. They are wide: fp32 at least.
+    """
+    return sum(3 * padded_size(rows.stop - rows.start, like) for rows in _chunks(num_tokens, num_columns))
 
 
 def _chunks(T: int, V: int) -> list[slice]:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from objective import fractions, objective, sum_over_layers
 
 from sigmoe.moe.batch import IGNORED, Batch
 from sigmoe.moe.config import ModelConfig, RouterConfig
@@ -100,17 +101,6 @@ def finish(case, model):
     return model.double() if case.wide else model
 
 
-def fractions(config, registry):
-    """The previous step's load of every sparse layer, made up."""
-    shares = {}
-    for index, layer in enumerate(config.sparse_layer_ids):
-        groups = 1 if config.router.name == "top_k" else len(NAMES)
-        size = 1 + max(expert for experts in registry.sets(index) for expert in experts)
-        shares[layer] = draw(f"fractions{layer}", (groups, size), 1.0, 2).abs()
-        shares[layer] /= shares[layer].sum(1, keepdim=True)
-    return shares
-
-
 def step(case, model, registry, micros, labels):
     """Add the gradients of the micro-batches; return sums of loss and stats over them."""
     config, tokens = case.config, SEQUENCES * LENGTH
@@ -118,24 +108,12 @@ def step(case, model, registry, micros, labels):
     sums = {"loss": 0.0, "token_loss": 0.0, "balance": 0.0, "z": 0.0, "dropped": 0}
     counts = dict.fromkeys(config.sparse_layer_ids, 0)
     for micro in micros:
-        output = model(
-            micro.token_BS,
-            start_BS=micro.start_BS,
-            domain_B=micro.domain_B,
-            sample_B=micro.sample_B,
-            label_BS=micro.label_BS,
-            training=training,
-        )
-        balance = torch.stack([stats.balance_sum for stats in output.stats]).sum()
-        z = torch.stack([stats.z_sum for stats in output.stats]).sum()
-        share = 1 / (len(output.stats) * tokens)
-        router = config.router
-        loss = output.loss_sum / labels + share * (router.auxiliary_loss * balance + router.z_loss * z)
+        loss, output = objective(model, micro, training, labels, tokens)
         loss.backward()
         sums["loss"] += float(loss.detach())
         sums["token_loss"] += float(output.loss_BS.double().sum())
-        sums["balance"] += float(balance.detach())
-        sums["z"] += float(z.detach())
+        sums["balance"] += float(sum_over_layers(output, "balance_sum").detach())
+        sums["z"] += float(sum_over_layers(output, "z_sum").detach())
         sums["dropped"] += sum(int(stats.dropped) for stats in output.stats)
         for stats in output.stats:
             counts[stats.layer] += stats.count_BE.sum(0)

@@ -13,7 +13,7 @@ from sigmoe.moe.data.dataset import open_dataset
 from sigmoe.moe.storage.checkpoint import open_checkpoint
 from sigmoe.parallel.checkpointer import Checkpointer
 
-WORLD = 4
+WORLD = 4  # processes, of which two run the layouts of two
 SAVED, END = 2, 4
 SINGLE = "single"
 LAYOUTS = {
@@ -24,6 +24,7 @@ LAYOUTS = {
     "tp2-ep2": ["parallel.tp=2", "parallel.ep=2", "micro_batch=2"],
     "tp2-ep4-etp1": ["parallel.tp=2", "parallel.ep=4", "parallel.etp=1"],
 }
+OF_TWO = {"two-ep2": ["parallel.ep=2", "parallel.zero_stage=2", "micro_batch=2"], "two-tp2": ["parallel.tp=2"]}
 MODELS = {
     "gates": ["router.sets=3", "router.balance=bias", "model.qk_norm=width", "model.embedding_slots={ships: 1}"],
     "tables": ["router=rre", "router.sets=4", "model.tie_embeddings=true", "model.sparse_layers=upper:1"],
@@ -34,7 +35,10 @@ TINY += ["sequence_length=16", "schedule.warmup_steps=2", "optim.lr=3e-3", "out=
 
 
 def pairs():
-    """(model, who saved, who loads): each layout loads its own, its neighbour's and one process's checkpoints."""
+    """(model, who saved, who loads): each layout loads its own, its neighbour's and one process's checkpoints.
+
+    Two processes also load what four saved, and four what two saved. One process loads everything, see the tests.
+    """
     names = list(LAYOUTS)
     for place, name in enumerate(names):
         yield "gates", name, name
@@ -43,11 +47,23 @@ def pairs():
         yield "gates", SINGLE, name
     yield "tables", "tp2-ep2", "dp4"
     yield "tables", SINGLE, "tp2-ep4-etp1"
+    yield from (("gates", SINGLE, name) for name in OF_TWO)
+    yield "gates", "two-ep2", "two-ep2"
+    yield "gates", "two-ep2", "two-tp2"
+    yield "gates", "two-ep2", "tp2"
+    yield "gates", "two-tp2", "dp4-zero2"
+    yield "gates", "tp2-ep4-etp1", "two-ep2"
+    yield "gates", "dp4-zero2", "two-tp2"
 
 
 def savers():
     """(model, layout) of all that train without interruption."""
     return list(dict.fromkeys((model, saver) for model, saver, _ in pairs()))
+
+
+def world_of(layout):
+    """How many processes it takes."""
+    return 1 if layout == SINGLE else 2 if layout in OF_TWO else WORLD
 
 
 MESHES = {}  # the last one
@@ -56,7 +72,7 @@ MESHES = {}  # the last one
 def build(model, layout, dataset, world):
     """A trainer at its first step. Neighbours of one layout share its groups."""
     opened = open_dataset(Path(dataset), check_ids=False)
-    words = [*TINY, *MODELS[model], *LAYOUTS.get(layout, []), f"dataset={dataset}"]
+    words = [*TINY, *MODELS[model], *(LAYOUTS | OF_TWO).get(layout, []), f"dataset={dataset}"]
     config = TrainConfig.load(compose_command("train", words))
     return Trainer(config, opened, mesh_of(config, opened, world))
 

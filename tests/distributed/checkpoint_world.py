@@ -11,30 +11,54 @@ import random
 import resource
 import sys
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from checkpoint_layouts import build, interrupted, pairs, save, savers, uninterrupted
+from checkpoint_layouts import MESHES, build, interrupted, pairs, save, savers, uninterrupted, world_of
+from collective_counter import CollectiveCounter, plain
+from routed_rows import micro_batches, watch_rows
 from torch import distributed
 
+from sigmoe.launch.layout_costs import loop_traffic
 from sigmoe.moe.storage.durable import DurableDirectory, WriteError
 from sigmoe.moe.storage.tensors import NamedTensor, write_tensors
 from sigmoe.parallel.agreement import exchange, together
 from sigmoe.parallel.gather import Gathered, write_gathered
+from sigmoe.parallel.megatron import forget_groups
 from sigmoe.parallel.mesh import Axis
 from sigmoe.parallel.pieces import Piece
+from sigmoe.parallel.traffic import step_traffic
 
 
-def run_layouts(world, folder, dataset):
+def run_layouts(world, folder, dataset, *, after_more=False):
+    """Run what takes so many processes; `after_more`: only what loads what more processes have saved."""
     told = {}
     for model, saver in savers():
-        if saver != "single":
+        if world_of(saver) == world.size and not after_more:
             told[f"{model}/{saver}"] = uninterrupted(model, saver, dataset, world, folder / model / saver)
     for model, saver, loader in pairs():
-        name = f"{model}/{saver}-{loader}"
-        told[name] = interrupted(model, loader, dataset, world, folder / model / saver, folder / name)
+        if world_of(loader) == world.size and (world_of(saver) > world.size) == after_more:
+            name = f"{model}/{saver}-{loader}"
+            told[name] = interrupted(model, loader, dataset, world, folder / model / saver, folder / name)
     return told
+
+
+def run_traffic(world, dataset):
+    """Count what a step of the trainer sends; return it by rank, beside the formulas."""
+    answer = {}
+    for layout in ("dp4-zero2", "tp2-ep2", "tp2-ep4-etp1"):
+        trainer = build("gates", layout, dataset, world)
+        notes = watch_rows(trainer.model)
+        with CollectiveCounter(trainer.mesh) as counter:
+            trainer.train_step()
+        config, registry, mesh = trainer.config, trainer.registry, trainer.mesh
+        formula = step_traffic(
+            config.model, registry, mesh, config.parallel, torch.float32, micro_batches(notes)
+        ) + loop_traffic(config, registry, mesh)
+        answer[layout] = exchange([plain(counter.sent), plain(formula)], world)
+    return answer
 
 
 def run_failures(world, folder, dataset):
@@ -95,19 +119,35 @@ def run_pieces(world, folder):
     return len(records)
 
 
+@contextmanager
+def world_of_size(size, rank, folder, name):
+    """The first `size` ranks as a world, for a while."""
+    store = distributed.FileStore(str(folder / f"rendezvous-{name}"), size)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=200))
+    try:
+        yield Axis(group=distributed.group.WORLD, rank=rank, size=size)
+    finally:
+        MESHES.clear()
+        forget_groups()
+        distributed.destroy_process_group()
+
+
 def main(rank, size, folder, dataset):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = distributed.FileStore(str(folder / "rendezvous"), size)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    world = Axis(group=distributed.group.WORLD, rank=rank, size=size)
-    try:
-        told = {"files": run_pieces(world, folder)}
-        told |= {"losses": run_layouts(world, folder, dataset), "failures": run_failures(world, folder, dataset)}
-        if rank == 0:
-            (folder / "told.json").write_text(json.dumps(told))
-    finally:
-        distributed.destroy_process_group()
+    answer, losses = {}, {}
+    if rank < 2:
+        with world_of_size(2, rank, folder, "before") as world:
+            losses |= run_layouts(world, folder, dataset)
+    with world_of_size(size, rank, folder, "all") as world:
+        answer["files"] = run_pieces(world, folder)
+        losses |= run_layouts(world, folder, dataset)
+        answer |= {"traffic": run_traffic(world, dataset), "failures": run_failures(world, folder, dataset)}
+    if rank < 2:
+        with world_of_size(2, rank, folder, "after") as world:
+            losses |= run_layouts(world, folder, dataset, after_more=True)
+    if rank == 0:
+        (folder / "told.json").write_text(json.dumps(answer | {"losses": losses}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,12 +13,13 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import NAMES, SEQUENCES, batch, cases, finish, perturb, step
+from objective import watch_margins
+from worlds import run_ranks
 
 from sigmoe.moe.batch import IGNORED
 from sigmoe.moe.canonical import canonical_tensors, canonical_views
 from sigmoe.moe.initialize import initialize
 from sigmoe.moe.model import Transformer
-from sigmoe.moe.routers import LearnedGate
 
 WHICH = "all" if os.environ.get("SIGMOE_PARITY") == "all" else "some"  # `make parity` wants them all
 LIMIT = 1500 if WHICH == "all" else 280  # seconds for a world
@@ -31,22 +31,13 @@ def run_world(tmp_path_factory):
     pytest.importorskip("megatron.core")
 
     @cache
-    def run(world):
+    def started(world):
         folder = tmp_path_factory.mktemp(f"world{world}")
-        program = Path(__file__).with_name("world.py")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ranks = []
-        for rank in range(world):
-            command = [sys.executable, str(program), str(rank), str(world), str(folder), WHICH]
-            with (folder / f"words{rank}").open("w") as words:
-                ranks.append(subprocess.Popen(command, stdout=words, stderr=words, env=environment))
-        try:
-            codes = [rank.wait(timeout=LIMIT) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        words = "\n".join((folder / f"words{rank}").read_text()[-3000:] for rank in range(world))
-        assert codes == [0] * world, words
+        return folder, run_ranks("world.py", world, folder, WHICH, seconds=LIMIT)
+
+    def run(world):
+        folder, wrong = started(world)
+        assert wrong is None, wrong
         return folder
 
     return run
@@ -89,29 +80,6 @@ class Single:
         for name, parameter in model.named_parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self.gradients.update(canonical_views(name, gradient))
-
-
-def watch_margins(model):
-    """Let every gate note the least distance between the last expert chosen and the first that is not."""
-    margins = [float("inf")]
-    for module in model.modules():
-        if isinstance(module, LearnedGate):
-            module.choose = _Watch(module, margins)
-    return margins
-
-
-class _Watch:
-    def __init__(self, gate, margins):
-        self.gate, self.choose, self.margins = gate, gate.choose, margins
-
-    def __call__(self, x_BSD, experts):
-        logits, bias = self.gate._logits(x_BSD.detach(), experts)
-        logits = logits.detach()
-        score = logits.softmax(-1) + (0 if bias is None else bias)
-        ordered, last = score.sort(-1, descending=True).values, self.gate.config.top_k
-        if last < ordered.shape[-1]:
-            self.margins[0] = min(self.margins[0], float((ordered[..., last - 1] - ordered[..., last]).min()))
-        return self.choose(x_BSD, experts)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """A checkpoint's bytes do not depend on the layout that wrote it, and any layout goes on where another one stopped."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from checkpoint_layouts import END, SAVED, SINGLE, WORLD, build, files, interrupted, pairs, save, savers, uninterrupted
+from worlds import run_ranks
 
 from sigmoe.moe.storage.checkpoint import open_checkpoint
 from sigmoe.parallel.mesh import single_mesh
@@ -29,15 +28,8 @@ def runs(dataset, tmp_path_factory):
         for model, saver in savers()
         if saver == SINGLE
     }
-    program = str(Path(__file__).with_name("checkpoint_world.py"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    ranks = []
-    for rank in range(WORLD):
-        command = [sys.executable, program, str(rank), str(WORLD), str(folder), str(dataset)]
-        with (folder / f"words{rank}").open("w") as words:
-            ranks.append(subprocess.Popen(command, stdout=words, stderr=words, env=environment))
-    codes = [rank.wait(timeout=280) for rank in ranks]
-    assert codes == [0] * WORLD, "\n".join((folder / f"words{rank}").read_text()[-3000:] for rank in range(WORLD))
+    wrong = run_ranks("checkpoint_world.py", WORLD, folder, str(dataset))
+    assert wrong is None, wrong
     told = json.loads((folder / "told.json").read_text())
     told["losses"] |= alone
     return folder, told
@@ -88,6 +80,14 @@ def test_a_full_disk_on_any_rank_is_one_line_on_all(runs):
             assert "step-00000002" in end["left"]
     assert failed >= 2
     assert files(folder / "full", 3) == files(folder / "full", 1)
+
+
+def test_what_a_step_of_the_trainer_sends_is_what_the_formulas_say(runs):
+    told = runs[1]["traffic"]
+    assert len(told) == 3
+    for layout, ranks in told.items():
+        for sent, formula in ranks:
+            assert sent == formula, layout
 
 
 def test_many_small_files_of_random_pieces(runs):

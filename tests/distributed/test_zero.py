@@ -1,8 +1,6 @@
 """ZeRO in any layout trains as one process does: loss, norm, first gradients, parameters and moments."""
 
 import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,38 +11,27 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from zero_cases import NAMES, STEPS, batch_of, gathered, labels_of, reloads, start, train_step, zero_cases
+from objective import watch_margins
+from worlds import run_ranks
+from zero_cases import (
+    LENGTH,
+    NAMES,
+    SEQUENCES,
+    STEPS,
+    batch_of,
+    gathered,
+    labels_of,
+    reloads,
+    start,
+    train_step,
+    zero_cases,
+)
 
 from sigmoe.moe.initialize import initialize
 from sigmoe.moe.model import Transformer
-from sigmoe.moe.routers import LearnedGate
-from sigmoe.parallel.config import ParallelConfig
 from sigmoe.parallel.local import LocalEngine
 
 ALL = [pytest.param(case, id=case.name) for world in (2, 4) for case in zero_cases(world)]
-
-
-def watch_margins(model):
-    """Let every gate note the least distance between the last expert chosen and the first that is not."""
-    margins = [float("inf")]
-
-    def watch(gate):
-        choose, last = gate.choose, gate.config.top_k
-
-        def watched(x_BSD, experts):
-            logits, bias = gate._logits(x_BSD.detach(), experts)
-            score = logits.detach().softmax(-1) + (0 if bias is None else bias)
-            if last < score.shape[-1]:
-                ordered = score.sort(-1, descending=True).values
-                margins[0] = min(margins[0], float((ordered[..., last - 1] - ordered[..., last]).min()))
-            return choose(x_BSD, experts)
-
-        gate.choose = watched
-
-    for module in model.modules():
-        if isinstance(module, LearnedGate):
-            watch(module)
-    return margins
 
 
 class Single:
@@ -53,7 +40,7 @@ class Single:
     def __init__(self, case):
         model = Transformer(case.config, case.config.build_registry(NAMES))
         initialize(model, 0)
-        engine = LocalEngine(start(model), case.optim, getattr(torch, case.dtype))
+        engine = LocalEngine(start(case, model), case.optim, getattr(torch, case.dtype))
         self.margin, self.losses, self.norms, self.skipped = watch_margins(model), [], [], []
         for step in range(STEPS):
             whole = batch_of(case, step)
@@ -101,18 +88,14 @@ def run(tmp_path_factory):
     @cache
     def started(world):
         folder = tmp_path_factory.mktemp(f"zero{world}")
-        program = Path(__file__).with_name("zero_world.py")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        ranks = []
-        for rank in range(world):
-            command = [sys.executable, str(program), str(rank), str(world), str(folder)]
-            with (folder / f"words{rank}").open("w") as words:
-                ranks.append(subprocess.Popen(command, stdout=words, stderr=words, env=environment))
-        codes = [rank.wait(timeout=280) for rank in ranks]
-        assert codes == [0] * world, "\n".join((folder / f"words{r}").read_text()[-3000:] for r in range(world))
+        return folder, run_ranks("zero_world.py", world, folder)
+
+    def run_once(world):
+        folder, wrong = started(world)
+        assert wrong is None, wrong
         return folder
 
-    return started
+    return run_once
 
 
 @pytest.fixture
@@ -130,11 +113,11 @@ def read(folder, stem, world):
 @pytest.mark.parametrize("case", ALL)
 def test_training_equals_one_process(case, ranks):
     one, results = single(case.key), ranks(case)
-    exact = case.dtype == "float32"
+    exact = case.dtype != "bfloat16"
     assert one.margin[0] > 1e-4 or not exact
-    close = 1e-6 if exact else 1e-3
+    close = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-3}[case.dtype]
     # Products of a part of the width are rounded to bf16 before they are added up, gradients a micro-batch at a time.
-    norm_close = 1e-6 if exact else 3e-3
+    norm_close = close if exact else 3e-3
     losses = [sum(a["losses"][s] for a, _ in results if a["counts_once"]) for s in range(STEPS)]
     if case.poison is None:  # otherwise a norm is no number, and unequal to itself
         assert all(answer["norms"] == results[0][0]["norms"] for answer, _ in results)
@@ -145,7 +128,7 @@ def test_training_equals_one_process(case, ranks):
         assert losses[step] == pytest.approx(one.losses[step], rel=close)
         assert results[0][0]["norms"][step] == pytest.approx(one.norms[step], rel=norm_close)
     assert all(answer["published"] for answer, _ in results)
-    limits = {"gradient": close if exact else 2e-2, "model": 1e-4 if exact else 1e-2, "optimizer": None}
+    limits = {"gradient": close if exact else 2e-2, "model": 100 * close if exact else 1e-2, "optimizer": None}
     for kind, limit in limits.items():
         tensors = gathered(results, kind)
         assert tensors.keys() == one.tensors[kind].keys()
@@ -182,7 +165,7 @@ def test_a_state_goes_on_under_any_layout(source, case, ranks, run):
         assert after[0][0]["norms"][0] == pytest.approx(before[0][0]["norms"][STEPS], rel=1e-6)
 
 
-@pytest.mark.parametrize("case", [case for case in ALL if not case.values[0].outside])
+@pytest.mark.parametrize("case", ALL)
 def test_bytes_are_those_of_the_formulas(case, ranks):
     for answer, _ in ranks(case):
         for name, formula in answer["footprint"].items():
@@ -190,12 +173,35 @@ def test_bytes_are_those_of_the_formulas(case, ranks):
         assert answer["sent"] == answer["traffic"]
 
 
-def test_stage_3_is_refused_in_one_line():
-    pytest.importorskip("deepspeed")
-    from sigmoe.parallel.zero import ZeroEngine
+@pytest.mark.parametrize("case", ALL)
+def test_every_routed_row_is_sent_once(case, ranks):
+    """Over all processes: tokens times top-k less what is dropped, for each process that holds a part of an expert."""
+    results, router = ranks(case), case.config.router
+    parts = case.parallel.expert_tp
+    for layer in map(str, case.config.sparse_layer_ids):
+        rows = [[sum(column) for column in zip(*(micro[layer] for micro in a["rows"]))] for a, _ in results]
+        sent, received = (sum(row[place] for row in rows) for place in (0, 1))
+        dropped = sum(row[2] for row, (answer, _) in zip(rows, results) if answer["counts_once"])
+        assert sent == received == parts * (SEQUENCES * LENGTH * router.top_k - dropped)
+        assert (dropped > 0) == (router.capacity_factor is not None)
 
-    with pytest.raises(ValueError, match=r"\Aparallel.zero_stage=3 is refused: [^\n]+valid would be 1 or 2\Z"):
-        ZeroEngine(None, None, None, ParallelConfig(zero_stage=3), None)
+
+def test_the_hard_cases_are_as_hard_as_they_say(ranks):
+    """They train as one process does, see above; here: one expert, and one rank, get nothing; one rank has padding."""
+    hard = [case for world in (2, 4) for case in zero_cases(world) if case.starved or case.padding]
+    assert len(hard) >= 4
+    for case in hard:
+        results = ranks(case)
+        gradients = gathered(results, "gradient")
+        for layer in case.config.sparse_layer_ids:
+            for expert in case.starved:
+                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"
+                assert not bool(gradients[name].any())
+            if len(case.starved) > 1:
+                assert [micro[str(layer)][1] for micro in results[0][0]["rows"]] == [0, 0]
+        if case.padding:
+            mine = batch_of(case, STEPS - 1).rows(0, SEQUENCES // 2)
+            assert labels_of(mine) == 0
 
 
 def error(ours, theirs):

@@ -3,10 +3,10 @@
 import dataclasses
 
 import torch
+from objective import fractions, objective
 
 from sigmoe.moe.batch import IGNORED, Batch
 from sigmoe.moe.config import ModelConfig, RouterConfig
-from sigmoe.moe.initialize import draw
 from sigmoe.moe.route_table import fill_route_tables
 from sigmoe.moe.routing import TrainingPass
 from sigmoe.parallel.config import ParallelConfig
@@ -21,6 +21,8 @@ GLOBAL = RouterConfig(name="top_k", num_experts=5, z_loss=1e-2, auxiliary_loss=0
 DOMAIN = RouterConfig(name="domain_top_k", sets={"a": (0, 1, 2), "b": (2, 3, 4, 5), "c": (6, 7)}, auxiliary_loss=0.1)
 TABLE = RouterConfig(name="rre", sets={"a": 2, "b": 3, "c": 1}, top_k=1, balance="none")
 BIAS = RouterConfig(name="top_k", num_experts=5, balance="bias", top_k=3)
+LIMITED = dataclasses.replace(GLOBAL, capacity_factor=0.7, jitter=0.1)  # experts drop what is over, gates are jittered
+PAIR = RouterConfig(name="top_k", num_experts=5, balance="bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,26 +39,33 @@ class ZeroCase:
     seed: int = 1  # of the tokens; so chosen that no routing is a near tie
     stage: int = 1
     offload: str = "none"
+    recompute: str = "none"
     dtype: str = "float32"
     outside: bool = False
     clip: float | None = 1.0
     frozen: tuple[int | None, ...] = (None,) * STEPS  # by step, the only expert that trains; None: everything
     poison: int | None = None  # the rank that has no finite loss in step 1
     absent: bool = False  # ranks see one domain each
+    starved: tuple[int, ...] = ()  # experts that a selection bias keeps all tokens from
+    padding: bool = False  # the first half of the batch, all that rank 0 of two has, is without a label
+    slow: int | None = None  # the rank that comes late to everything that all do together
 
     @property
     def name(self):
         layout = f"dp{self.world // self.tp}tp{self.tp}ep{self.ep}etp{self.etp or self.tp}-zero{self.stage}"
         words = [layout, self.router.name, f"micro{self.micro}", self.dtype, f"clip{self.clip}"]
         words += ["offload"] * (self.offload == "cpu") + ["outside"] * self.outside + ["absent"] * self.absent
+        words += ["starved"] * bool(self.starved) + ["padding"] * self.padding + ["slow"] * (self.slow is not None)
+        words += [f"recompute={self.recompute}"] * (self.recompute != "none") + ["limited"] * (self.router == LIMITED)
         words += ["frozen"] * any(self.frozen) + ["poison"] * (self.poison is not None)
         return "-".join([*words, *(f"{key}={value}" for key, value in self.changes)])
 
     @property
     def key(self):
         """What the single process depends on."""
-        alike = dataclasses.replace(self, world=1, tp=1, ep=1, etp=None, micro=2, stage=1, offload="none")
-        return repr(dataclasses.replace(alike, outside=False, poison=None if self.poison is None else 0))
+        alike = dataclasses.replace(self, world=1, tp=1, ep=1, etp=None, micro=2, stage=1, offload="none", slow=None)
+        poison = None if self.poison is None else 0
+        return repr(dataclasses.replace(alike, outside=False, recompute="none", poison=poison))
 
     @property
     def config(self):
@@ -66,7 +75,9 @@ class ZeroCase:
 
     @property
     def parallel(self):
-        return ParallelConfig(tp=self.tp, ep=self.ep, etp=self.etp, zero_stage=self.stage, offload=self.offload)
+        return ParallelConfig(
+            tp=self.tp, ep=self.ep, etp=self.etp, zero_stage=self.stage, offload=self.offload, recompute=self.recompute
+        )
 
     @property
     def optim(self):
@@ -78,13 +89,13 @@ class ZeroCase:
         return lambda name: expert is None or f".experts.{expert}." in name or name.endswith("norm.weight")
 
 
-def start(model):
-    """Route tables; and nobody chooses expert 0 where a selection bias can say so."""
+def start(case, model):
+    """Fill route tables, and starve experts; widen for fp64."""
     fill_route_tables(model, {name: torch.arange(VOCAB) * (row + 1) for row, name in enumerate(NAMES)}, seed=3)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer[0] = -10
-    return model
+            buffer[list(case.starved)] = -10
+    return model.double() if case.dtype == "float64" else model
 
 
 def batch_of(case, number):
@@ -93,7 +104,7 @@ def batch_of(case, number):
     token_BS = torch.randint(VOCAB, (SEQUENCES, LENGTH), generator=random)
     label_BS = token_BS.roll(-1, 1)
     label_BS[torch.rand(token_BS.shape, generator=random) < 0.2] = IGNORED
-    label_BS[:2] = IGNORED  # a rank may have nothing but padding
+    label_BS[: SEQUENCES // 2 if case.padding else 2] = IGNORED  # of four ranks one has nothing but padding as it is
     domain_B = torch.tensor([0, 1, 2, 1, 0, 0, 2, 1])
     return Batch(
         token_BS=token_BS,
@@ -104,40 +115,23 @@ def batch_of(case, number):
     )
 
 
-def fractions(config, registry):
-    """The previous step's load of every sparse layer, made up."""
-    shares = {}
-    for index, layer in enumerate(config.sparse_layer_ids):
-        groups = 1 if config.router.name == "top_k" else len(NAMES)
-        size = 1 + max(expert for experts in registry.sets(index) for expert in experts)
-        shares[layer] = draw(f"fractions{layer}", (groups, size), 1.0, 2).abs()
-        shares[layer] /= shares[layer].sum(1, keepdim=True)
-    return shares
+def train_step(case, model, engine, micros, labels, tokens, number, *, poisoned=False, pause=lambda: None):
+    """One optimizer step over the micro-batches; return this process's part of the loss, and the result.
 
-
-def train_step(case, model, engine, micros, labels, tokens, number, *, poisoned=False):
-    """One optimizer step over the micro-batches; return this process's part of the loss, and the result."""
-    config = case.config
-    training = TrainingPass(seed=1, step=number, fractions=fractions(config, model.registry))
+    `pause` is called where this process goes on to something that all do together.
+    """
+    training = TrainingPass(seed=1, step=number, fractions=fractions(case.config, model.registry))
     engine.train_only(case.trains(number))
     total = 0.0
     for micro in micros:
-        output = model(
-            micro.token_BS,
-            start_BS=micro.start_BS,
-            domain_B=micro.domain_B,
-            sample_B=micro.sample_B,
-            label_BS=micro.label_BS,
-            training=training,
-        )
-        balance = torch.stack([stats.balance_sum for stats in output.stats]).sum()
-        z = torch.stack([stats.z_sum for stats in output.stats]).sum()
-        share = 1 / (len(output.stats) * tokens)
-        loss = output.loss_sum / labels + share * (config.router.auxiliary_loss * balance + config.router.z_loss * z)
+        pause()
+        loss, _ = objective(model, micro, training, labels, tokens)
         if poisoned:
             loss = loss * float("inf")
+        pause()
         engine.backward(loss)
         total += float(loss.detach())
+    pause()
     return total, engine.step(1e-3 / (number + 1))
 
 
@@ -181,8 +175,8 @@ def zero_cases(world):
             replace(base, stage=2),
             replace(base, stage=2, micro=1, router=DOMAIN, seed=0, changes=(("tie_embeddings", True),)),
             replace(base, stage=1, micro=2, clip=0.05),
-            replace(base, tp=2, stage=2, router=BIAS, seed=0, changes=(("qk_norm", "width"),)),
-            replace(base, ep=2, stage=1, router=BIAS, seed=0, micro=1),
+            replace(base, tp=2, stage=2, router=BIAS, seed=0, starved=(0,), changes=(("qk_norm", "width"),)),
+            replace(base, ep=2, stage=1, router=BIAS, seed=0, starved=(0,), micro=1),
             replace(base, ep=2, stage=2, router=DOMAIN, seed=0),
             replace(base, tp=2, ep=2, etp=1, stage=1, router=DOMAIN, seed=0, clip=None),
             replace(base, ep=2, stage=2, router=GLOBAL, outside=True, micro=1),
@@ -194,20 +188,32 @@ def zero_cases(world):
             replace(base, stage=2, offload="cpu", micro=2),
             replace(base, stage=2, ep=2, router=DOMAIN, seed=0, frozen=(None, 3, 3)),
             replace(base, stage=2, poison=1),
+            replace(base, ep=2, stage=2, dtype="float64", micro=1),
+            replace(base, stage=1, offload="cpu", dtype="float64", outside=True),
             replace(base, stage=1, ep=2, poison=0, micro=2),
             replace(base, stage=2, router=TABLE, changes=SLOTS, absent=True, micro=4),
             replace(base, stage=1, router=TABLE, changes=SLOTS, absent=True, micro=2),
+            replace(base, ep=2, stage=2, router=PAIR, starved=(0, 2, 4)),  # all that rank 0 has
+            replace(base, ep=2, stage=1, padding=True),
+            replace(base, ep=2, stage=2, slow=1, micro=1),
+            replace(base, tp=2, etp=1, stage=2, slow=0, router=DOMAIN, seed=0, recompute="layer"),
+            replace(base, tp=2, stage=1, router=LIMITED, recompute="layer", changes=(("qk_norm", "head"),)),
+            replace(base, ep=2, stage=1, router=LIMITED, seed=0, recompute="experts", micro=4),
         ]
     base = ZeroCase(world=4, router=GLOBAL)
     return [
         base,
         replace(base, stage=2, router=DOMAIN, seed=0, micro=1),
         replace(base, tp=2, ep=2, stage=1, router=DOMAIN, seed=0, clip=0.05),
-        replace(base, tp=2, ep=2, etp=1, stage=2, router=GLOBAL),
+        replace(base, tp=2, ep=2, etp=1, stage=2, router=LIMITED, seed=0, recompute="layer"),
         replace(base, tp=2, ep=4, etp=1, stage=1, router=GLOBAL),
-        replace(base, tp=2, stage=2, router=TABLE, dtype="bfloat16", micro=2),
+        replace(base, tp=2, stage=2, router=TABLE, dtype="bfloat16", micro=2, changes=SLOTS),
         replace(base, ep=2, stage=2, router=GLOBAL, micro=2, offload="cpu"),
         replace(base, ep=2, stage=1, router=GLOBAL, outside=True),
         replace(base, ep=4, stage=2, router=DOMAIN, seed=0, poison=2),
+        replace(base, tp=2, ep=2, etp=1, stage=2, router=DOMAIN, seed=0, dtype="float64", recompute="layer"),
         replace(base, stage=2, router=TABLE, changes=SLOTS, absent=True),
+        replace(
+            base, tp=2, ep=2, stage=2, router=BIAS, seed=10, recompute="attention", changes=(("qk_norm", "width"),)
+        ),
     ]

@@ -5,14 +5,17 @@ python zero_world.py RANK WORLD FOLDER [PART OF A CASE'S NAME]
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from collective_counter import CollectiveCounter, plain
+from routed_rows import watch_rows
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from zero_cases import NAMES, SEQUENCES, STEPS, batch_of, gathered, labels_of, reloads, start, train_step, zero_cases
-from zero_measures import footprint_of, measure_gradients, measure_traffic, traffic_of
+from zero_measures import footprint_of, measure_gradients, traffic_of
 
 from sigmoe.parallel.layout import check_layout
 from sigmoe.parallel.megatron import build_mesh, forget_groups
@@ -31,7 +34,8 @@ class Run:
             config, registry, parallel, world_size=case.world, global_batch=SEQUENCES, micro_batch=case.micro
         )
         self.mesh = build_mesh(parallel)
-        self.model = start(parallelize(config, registry, self.mesh, parallel, seed=0, device=torch.device("cpu")))
+        self.model = start(case, parallelize(config, registry, self.mesh, parallel, seed=0, device=torch.device("cpu")))
+        self.rows = watch_rows(self.model)
         self.sharding = Sharding(config, registry, self.mesh)
         self.engine = ZeroEngine(
             self.model,
@@ -53,11 +57,15 @@ class Run:
         poisoned = number == 1 and self.case.poison == self.mesh.world.rank
         loss, result = train_step(
             self.case, self.model, self.engine, micros, labels_of(whole), whole.token_BS.numel(), number,
-            poisoned=poisoned,
+            poisoned=poisoned, pause=self.pause,
         )  # fmt: skip
         self.answer["losses"].append(loss)
         self.answer["norms"].append(result.grad_norm)
         self.answer["skipped"].append(result.skipped)
+
+    def pause(self):
+        if self.case.slow == self.mesh.world.rank:
+            time.sleep(0.1)
 
     def keep(self, kind, pieces):
         """Name pieces by number, and note their places."""
@@ -96,9 +104,11 @@ def run_case(case, folder, number):
     measured = measure_gradients(run.engine)
     for step in range(STEPS - 1):
         run.step(step)
-    with measure_traffic(run.mesh) as sent:
+    run.rows.clear()
+    with CollectiveCounter(run.mesh) as counter:
         run.step(STEPS - 1)
-    run.answer |= {"sent": sent, "traffic": traffic_of(case, run.mesh, run.accumulation)}
+    run.answer |= {"sent": plain(counter.sent), "traffic": traffic_of(case, run)}
+    run.answer["rows"] = [note["rows"] for note in run.rows]
     run.answer["footprint"], run.answer["held_bytes"] = footprint_of(case, run, measured)
     run.keep("gradient", gradients)
     run.keep_state()

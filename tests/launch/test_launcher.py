@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sigmoe.launch.launcher import Cluster, find_cluster, torchrun_command
+from sigmoe.launch.launcher import Cluster, find_cluster, find_mpi, torchrun_command
 from sigmoe.launch.main import main
 
 TORCHRUN = {
@@ -26,6 +26,14 @@ def test_without_a_launcher_there_is_one_process():
     assert find_cluster({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}) is None
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert find_cluster(TORCHRUN | alone) is None
+
+
+@pytest.mark.parametrize("prefix", ["OMPI_COMM_WORLD", "PMI"])
+def test_mpiruns_environment(prefix):
+    found = find_mpi({f"{prefix}_RANK": "1", f"{prefix}_SIZE": "3"})
+    assert found is not None and (found.rank, found.size) == (1, 3)
+    assert find_mpi({f"{prefix}_RANK": "0", f"{prefix}_SIZE": "1"}) is None
+    assert find_mpi({}) is None
 
 
 @pytest.mark.parametrize("missing", TORCHRUN)
@@ -87,7 +95,7 @@ def test_one_process_cannot_be_several(train, tmp_path, capfd, words, processes)
     ("mistake", "told"),
     [
         ("parallel.tp=0", "parallel.tp must be at least 1"),
-        ("parallel.zero_stage=4", "parallel.zero_stage must be one of 1, 2, 3"),
+        ("parallel.zero_stage=3", "parallel.zero_stage must be 1 or 2, got 3: DeepSpeed's stage 3 takes experts"),
         ("parallel.recompute=all", "parallel.recompute must be one of none, layer, experts, attention"),
         ("parallel=many", "unknown choice parallel=many; sigmoe's choices: single"),
         ("parallel.tpp=2", "unknown key parallel.tpp; did you mean parallel.tp"),

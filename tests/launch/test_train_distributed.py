@@ -94,6 +94,10 @@ def test_two_ranks_speak_once(two):
     assert names(run / "checkpoints") == ["latest", "step-00000005"]
     assert [line.split("  ")[0] for line in err if line.startswith("step ")] == [f"step {n}" for n in range(1, 6)]
     assert sum("2 ranks, cpu" in line for line in err) == 1
+    (line,) = [line for line in err if line.startswith("a rank holds ")]
+    assert re.search(
+        r"MB of parameters, .+ MB of optimizer state; with rows routed evenly it sends a step dp [0-9.]+ MB, edp", line
+    ), line
     assert [line for line in err if "arn" in line] == []
     assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2, 3, 4, 5]
     open_checkpoint(run / "checkpoints/step-00000005").verify()
