@@ -8,8 +8,12 @@ from typing import Literal
 
 from ..benchmarks.exactness import ExactnessSettings
 from ..benchmarks.exactness import run_suite as run_exactness
+from ..benchmarks.expert_parallel import ExpertParallelSettings
+from ..benchmarks.expert_parallel import run_suite as run_expert_parallel
 from ..benchmarks.generate import GenerateBenchSettings
 from ..benchmarks.generate import run_suite as run_generate
+from ..benchmarks.prune import PruneBenchSettings
+from ..benchmarks.prune import run_suite as run_prune
 from ..benchmarks.router_runs import RouterBenchSettings
 from ..benchmarks.routers import run_suite as run_routers
 from ..benchmarks.table import BenchTable
@@ -27,12 +31,14 @@ from .main import main
 class BenchCommand:
     """The keys of `sigmoe bench`."""
 
-    suite: Literal["train", "tokenize", "routers", "exactness", "generate"]
+    suite: Literal["train", "tokenize", "routers", "exactness", "generate", "expert_parallel", "prune"]
     train: TrainBenchSettings
     tokenize: TokenizeBenchSettings
     routers: RouterBenchSettings
     exactness: ExactnessSettings
     generate: GenerateBenchSettings
+    expert_parallel: ExpertParallelSettings
+    prune: PruneBenchSettings
     out: str | None = None
 
 
@@ -51,6 +57,10 @@ def run(config: Mapping[str, object]) -> None:
                 measured = run_exactness(command.exactness, progress)
             case "generate":
                 measured = run_generate(command.generate, progress)
+            case "expert_parallel":
+                measured = run_expert_parallel(command.expert_parallel, progress)
+            case "prune":
+                measured = run_prune(command.prune, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):
@@ -61,7 +71,7 @@ def load(config: Mapping[str, object]) -> BenchCommand:
     """Build the command from composed data, where model and router stand beside the suite's own keys."""
     values = dict(config)
     model, router = values.pop("model", None), values.pop("router", None)
-    for name in ("train", "generate"):
+    for name in ("train", "generate", "expert_parallel"):
         suite = values.get(name)
         if isinstance(model, Mapping) and isinstance(suite, Mapping):
             values[name] = {**suite, "model": {**model, "router": router}}

@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -38,13 +40,17 @@ def results() -> Console:
     return console
 
 
-def bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
-    """Return a progress bar with a description, a count, and what `columns` add; a transient one leaves no trace."""
+def bar(*columns: ProgressColumn, transient: bool = False, bytes: bool = False) -> Progress:
+    """Return a progress bar with a description, a count, and what `columns` add; a transient one leaves no trace.
+
+    What is counted may be `bytes`, and then their rate is shown.
+    """
     console = notes()
+    counts = (DownloadColumn(), TransferSpeedColumn()) if bytes else (MofNCompleteColumn(),)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        *counts,
         *columns,
         TimeRemainingColumn(),
         console=console,
@@ -55,9 +61,9 @@ def bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
 
 
 @contextmanager
-def progress_sink(*, transient: bool = False) -> Iterator[Sink]:
+def progress_sink(*, transient: bool = False, bytes: bool = False) -> Iterator[Sink]:
     """Yield a callback that draws one bar a stage; transient ones vanish at the end."""
-    with bar(transient=transient) as progress:
+    with bar(transient=transient, bytes=bytes) as progress:
         tasks: dict[str, TaskID] = {}
 
         told = time.monotonic()

@@ -12,10 +12,11 @@ from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.data.loader import heldout_batches
 from ..moe.extract import REPORT_VERSION, Submodel, TransformersCheck, check_in_transformers
 from ..moe.hf.formats import choose_format
-from ..moe.storage.checkpoint import MANIFEST, load_yaml, read_manifest, verify_files
-from ..moe.stored import EXTRACTION, StoredModel, read_json
+from ..moe.storage.checkpoint import load_yaml
+from ..moe.stored import EXTRACTION, StoredModel
 from .console import notes
 from .models import check_tokenizer
+from .standing import standing_report
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOLERANCE = 1e-5  # of the largest logit, between transformers' arithmetic and ours
@@ -83,21 +84,10 @@ def report_of_the_same(
     command: ExtractCommand, out: Path, parent: str | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
-    advice = "remove it or give another out="
-    if parent is None:
-        raise ValueError(f"out={out} exists already, and a parent without {MANIFEST} cannot be told again: {advice}")
-    refusal = ValueError(f"out={out} exists already and is another model: {advice}")
-    if not (out / EXTRACTION).is_file() or not (out / MANIFEST).is_file():
-        raise refusal
-    verify_files(out, read_manifest(out), lambda done, total: None)
-    report = read_json(out / EXTRACTION)
-    if report.get("format_version") != REPORT_VERSION or report["parent"]["identity"] != parent:
-        raise refusal
-    if any(report[key] != value for key, value in settings.items()):
-        raise refusal
+    report = standing_report(out, EXTRACTION, version=REPORT_VERSION, parent=parent, settings=settings)
     if report["verify"] < command.verify or (command.transformers and "transformers" not in report):
         wanted = f"verify={command.verify}" if report["verify"] < command.verify else "transformers=true"
-        raise ValueError(f"out={out} holds this very extraction, made without {wanted}: {advice}")
+        raise ValueError(f"out={out} holds this very extraction, made without {wanted}: remove it or give another out=")
     return report
 
 

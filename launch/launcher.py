@@ -51,6 +51,16 @@ def find_cluster(environment: Mapping[str, str] = os.environ) -> Cluster | None:
     return Cluster(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
+def find_mpi(environment: Mapping[str, str] = os.environ) -> Cluster | None:
+    """Return what mpirun says (Open MPI, or by PMI that of MPICH and Intel); None where it started one process."""
+    for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        if environment.get(size, "").isdecimal() and environment.get(rank, "").isdecimal():
+            numbers = int(environment[rank]), int(environment[size])
+            if numbers[1] > 1:
+                return Cluster(rank=numbers[0], size=numbers[1], local_rank=0, local_size=1)
+    return None
+
+
 def torchrun_command(processes: int, command: str) -> str:
     """Return the line that starts `command` again on so many processes of this machine."""
     if sys.argv[1:2] == [command]:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .launcher import find_cluster
+from .launcher import find_cluster, find_mpi
 
 COMMANDS = {
     "data": "fetch or read domain-tagged text, train the tokenizer, write token files",
@@ -14,13 +14,16 @@ COMMANDS = {
     "evaluate": "loss, perplexity and bits per byte of held-out text, by domain; models beside each other",
     "generate": "continue prompts, greedily or by sampling; streams the text as it comes",
     "extract": "cut the exact submodel of some domains out of a model, verified against its parent",
+    "convert": "write a model in transformers' format or ours, or a dense one as a sparse one that begins equal",
+    "prune": "drop the experts that matter least to calibration text, offline; of a model larger than memory too",
     "verify": "hash every file of a checkpoint, find every expert exactly once; or hash a dataset",
     "bench": "measure sigmoe beside its peers on this machine",
 }
 # What may run as several processes; the rest refuses a launcher.
 _DISTRIBUTED = ("train",)
-# Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call.
-_LITERAL = {"generate": "prompt"}
+_OFFLINE = ("prune",)  # by mpirun
+# Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call, `model=` as a choice of its group.
+_LITERAL = {"generate": ("prompt",), "convert": ("model",), "prune": ("model", "data")}
 _OPTIONS = """options:
   --help            help; after a COMMAND with every key, its default and every choice
   --cfg             print the composed config and stop
@@ -39,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = find_cluster()
     except ValueError as error:
         return _told(arguments, (2, str(error)))
-    if cluster is None:
+    mpi = find_mpi() if cluster is None and set(arguments[:1]) & set(_OFFLINE) else None
+    if cluster is None and mpi is None:
         return _told(arguments, _guarded(arguments))
     from .cluster import leave, only_first_speaks  # torch takes a while: not for `sigmoe --help`
 
+    if mpi is not None:
+        with only_first_speaks(mpi):
+            return _told(arguments, _guarded(arguments))
+    assert cluster is not None
     with only_first_speaks(cluster):
         code, line = _guarded(arguments, distributed=True)
         _told(arguments, (code, line))
@@ -115,7 +123,7 @@ def _take_literal(command: str, overrides: list[str]) -> tuple[dict[str, str], l
     literal, others = dict[str, str](), list[str]()
     for override in overrides:
         key, equals, value = override.partition("=")
-        if equals and key == _LITERAL.get(command):
+        if equals and key in _LITERAL.get(command, ()):
             literal[key] = value
         else:
             others.append(override)

@@ -15,15 +15,18 @@ from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.domains import DomainRegistry
 from ..moe.parsing import from_mapping
+from ..moe.precision import wide_dtype
 from ..moe.storage.checkpoint import MANIFEST, load_yaml
 from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
 from ..parallel.agreement import together
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import Axis, Mesh, single_mesh
-from .build import build_mesh, rank_bytes
+from .build import build_mesh
 from .cluster import join
 from .console import progress_sink
+from .initial import load_initial
 from .launcher import find_cluster, torchrun_command
+from .layout_costs import DTYPES, layout_note, rank_bytes
 from .main import main
 from .preflight import check_alike
 from .progress import TrainProgress
@@ -59,6 +62,9 @@ def run(config: Mapping[str, Any]) -> None:
     trainer = Trainer(train_config, dataset, mesh)
     session = Session(trainer, directory, progress)
     resumed = session.resume()
+    if train_config.initial is not None and not resumed:
+        load_initial(trainer, train_config.initial)
+        progress.note(f"beginning with the weights of {train_config.initial}")
     if world.size == 1 and (parallel.zero_stage, parallel.offload) != (1, "none"):
         progress.note("one process owns the optimizer whole: parallel.zero_stage and parallel.offload change nothing")
     if begun and not resumed:
@@ -79,6 +85,8 @@ def run(config: Mapping[str, Any]) -> None:
         f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
         f"{ranks}{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
+    if world.size > 1:
+        progress.note(layout_note(train_config, registry, mesh, trainer.device.type))
     result = session.run()
     if world.rank == 0:
         _close(session, result, progress)
@@ -140,14 +148,14 @@ def _check_launch(parallel: ParallelConfig, world: Axis) -> None:
 
 
 def _check_memory(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, processes: int) -> None:
-    """Raise ValueError where not even fp32 weights, gradients and two moments fit; activations are not counted."""
+    """Raise ValueError where not even masters, gradients and two moments fit; activations are not counted."""
     on_gpu = pick_device(config.device) == "cuda"
     if on_gpu:
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     total = count_parameters(config.model, registry).total
-    needed = 16 * total
+    needed = 4 * wide_dtype(DTYPES[config.precision]).itemsize * total
     if mesh.world.size > 1:
         needed = rank_bytes(config, registry, mesh, on_gpu=on_gpu) * (1 if on_gpu else processes)
     if needed > memory:

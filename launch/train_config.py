@@ -18,6 +18,8 @@ _LOCAL = frozenset(
 )
 # What a run may change when it goes on; everything else would make it another run.
 _FREE = _LOCAL | {"steps", "schedule"}
+# Not in a checkpoint, which holds what came of it: a path, and equal states have equal bytes.
+_UNSAVED = _LOCAL | {"initial"}
 # Of one forward pass; beyond it nothing but a slip of the pen.
 _MOST_TOKENS = 1 << 28
 
@@ -73,6 +75,7 @@ class TrainConfig:
 
     out: str
     dataset: str
+    initial: str | None = None  # a model whose weights a fresh run begins with
     model: ModelConfig
     optim: OptimizerConfig
     schedule: ScheduleConfig
@@ -87,7 +90,7 @@ class TrainConfig:
     micro_batch: int | None = None  # sequences of one forward pass; null: a data-parallel rank's share
     sequence_length: int
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -141,7 +144,7 @@ class TrainConfig:
 
     def to_shared_dict(self) -> dict[str, Any]:
         """Return plain data without what may differ between a run's sessions: equal states have equal bytes."""
-        return {key: value for key, value in self.to_dict().items() if key not in _LOCAL}
+        return {key: value for key, value in self.to_dict().items() if key not in _UNSAVED}
 
     def micro_size(self, dp: int = 1) -> int:
         """Sequences of one forward pass of each of `dp` data-parallel ranks."""

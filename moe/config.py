@@ -16,7 +16,7 @@ class RouterConfig:
     """How tokens choose experts. `top_k` routes over all experts, the other two inside their domain's set."""
 
     name: Literal["top_k", "domain_top_k", "rre"]
-    num_experts: int | None = None  # top_k: experts of a sparse layer
+    num_experts: int | tuple[int, ...] | None = None  # top_k: experts of a sparse layer, or one number a sparse layer
     # domain routers: experts a domain (a number for all), or by name a number, expert ids, or ids for each sparse layer
     sets: int | Mapping[str, int | ExpertIds | tuple[ExpertIds, ...]] | None = None
     top_k: int = 2
@@ -30,7 +30,9 @@ class RouterConfig:
     jitter: float = 0.0  # training: router input times uniform(1 - jitter, 1 + jitter)
 
     def __post_init__(self) -> None:
-        if self.name == "top_k" and (self.num_experts is None or self.num_experts < 1 or self.sets is not None):
+        counts = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts or 0,)
+        fewest = min(counts, default=0)
+        if self.name == "top_k" and (fewest < 1 or self.sets is not None):
             raise ValueError("router top_k needs num_experts of at least 1, and no sets")
         if self.name != "top_k" and (self.sets is None or self.num_experts is not None):
             raise ValueError(f"router {self.name} needs sets (experts of each domain), and no num_experts")
@@ -38,8 +40,8 @@ class RouterConfig:
             raise ValueError(f"sets must be at least 1, got {self.sets}")
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.name == "top_k" and self.num_experts is not None and self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}, but there are {self.num_experts} experts: lower top_k")
+        if self.name == "top_k" and self.top_k > fewest:
+            raise ValueError(f"top_k is {self.top_k}, but there are {fewest} experts: lower top_k")
         if self.name == "rre" and (self.top_k != 1 or self.balance != "none" or self.z_loss or self.jitter):
             raise ValueError("router rre has no gate: top_k must be 1, balance none, z_loss 0, jitter 0")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
@@ -94,7 +96,9 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta", "init_std"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        _sparse_ids(self.sparse_layers, self.num_layers)
+        listed, sparse = self.router.num_experts, _sparse_ids(self.sparse_layers, self.num_layers)
+        if isinstance(listed, tuple) and len(listed) != len(sparse):
+            raise ValueError(f"router.num_experts lists {len(listed)} layers, but there are {len(sparse)} sparse ones")
         slots = set((self.embedding_slots or {}).values()) | {0}
         if slots != set(range(len(slots))):
             raise ValueError(f"embedding_slots must use every slot from 0 on, got {sorted(slots)}")
@@ -120,6 +124,13 @@ class ModelConfig:
         return tuple(_sparse_ids(self.sparse_layers, self.num_layers))
 
     @property
+    def gated_experts(self) -> tuple[int, ...]:
+        """Experts of each sparse layer under router top_k."""
+        number = self.router.num_experts
+        assert number is not None
+        return number if isinstance(number, tuple) else (number,) * len(self.sparse_layer_ids)
+
+    @property
     def routes_by_domain(self) -> bool:
         """Whether sparse layers choose experts inside a domain's set."""
         return self.router.name != "top_k" and bool(self.sparse_layer_ids)
@@ -132,7 +143,8 @@ class ModelConfig:
     def build_registry(self, names: tuple[str, ...]) -> DomainRegistry:
         """Give every domain of `names` its expert set and embedding slot; raise ValueError where they don't fit."""
         sets = self.router.sets
-        given = sets.values() if isinstance(sets, Mapping) else (sets or self.router.num_experts,)
+        listed = self.router.num_experts if isinstance(self.router.num_experts, tuple) else (self.router.num_experts,)
+        given = sets.values() if isinstance(sets, Mapping) else (sets, *listed)
         most = max([1, *(number for number in given if isinstance(number, int))])
         if most * self.num_layers > _MOST_SETS:
             raise ValueError(
@@ -140,7 +152,7 @@ class ModelConfig:
                 f"{_MOST_SETS:,}): make the model smaller"
             )
         if sets is None:
-            sets = dict.fromkeys(names, tuple(range(self.router.num_experts or 0)))
+            sets = dict.fromkeys(names, tuple(tuple(range(number)) for number in self.gated_experts))
         registry = build_registry(names, sets, len(self.sparse_layer_ids), self.embedding_slots)
         check_registry(self, registry)
         return registry
@@ -169,10 +181,10 @@ def check_registry(config: ModelConfig, registry: DomainRegistry) -> None:
         if used != set(range(len(used))):
             gap = next(expert for expert in range(len(used)) if expert not in used)
             raise ValueError(f"layer {layer}: expert {gap} belongs to no domain: number experts without gaps")
-        if config.router.num_experts not in (None, len(used)):
+        if config.router.name == "top_k" and config.gated_experts[index] != len(used):
             raise ValueError(
-                f"router.num_experts is {config.router.num_experts}, but the registry has {len(used)} experts in layer "
-                f"{layer}: make them equal"
+                f"router.num_experts is {config.gated_experts[index]}, but the registry has {len(used)} experts in "
+                f"layer {layer}: make them equal"
             )
 
 

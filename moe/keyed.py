@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64, as a signed integer
@@ -21,6 +22,15 @@ def seed_of(*parts: int | str) -> int:
 def numpy_generator(*parts: int | str) -> np.random.Generator:
     """Return a counter-based (Philox) numpy generator seeded by the parts."""
     return np.random.Generator(np.random.Philox(seed_of(*parts)))
+
+
+def keyed_permutation(number: int, *parts: int | str) -> NDArray[np.int64]:
+    """Return 0 ... number - 1 in an order that the parts alone decide.
+
+    The raw Philox stream is sorted, as only that stream is promised to stay the same in later versions of numpy.
+    """
+    bits = numpy_generator(*parts).bit_generator.random_raw(number)
+    return np.argsort(bits, kind="stable").astype(np.int64)
 
 
 def keyed_uniform(seed: int, index_T: Tensor, width: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from .canonical import canonical_tensors, expected_shapes
 from .config import ModelConfig
 from .domains import DomainRegistry
+from .hf.carry import CARRIED, CONFIG
 from .hf.names import hf_name
 from .hf.read import model_config
 from .model import Transformer
@@ -19,6 +20,8 @@ from .storage.tensor_format import load_json
 from .storage.tensor_reader import TensorReader
 
 EXTRACTION = "extraction.json"
+CONVERSION = "conversion.json"
+PRUNING = "report.json"
 ANY_DOMAIN = "any"  # the only domain of a model whose maker gave it none
 
 
@@ -34,6 +37,7 @@ class StoredModel:
     tokenizer: bytes | None
     sequence_length: int | None  # what it was trained on, in tokens
     step: int | None  # of its training
+    hf_folder: Path | None = None  # with config.json of the transformers model that it is, or was made from
 
     @property
     def needs_domain(self) -> bool:
@@ -90,6 +94,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> StoredModel:
         tokenizer=checkpoint.tokenizer,
         sequence_length=length if isinstance(length, int) else None,
         step=step if isinstance(step, int) else None,
+        hf_folder=path / CARRIED if (path / CARRIED / CONFIG).is_file() else None,
     )
 
 
@@ -117,6 +122,7 @@ def _open_hf(path: Path) -> StoredModel:
         tokenizer=tokenizer.read_bytes() if tokenizer.is_file() else None,
         sequence_length=length if isinstance(length, int) else None,
         step=None,
+        hf_folder=path,
     )
 
 
@@ -144,13 +150,15 @@ def _checked(
 
 
 def _domains(path: Path) -> tuple[str, ...]:
-    """The domains that a submodel was cut out for, as `extract` noted beside it; a dense one may have several."""
-    if not (path / EXTRACTION).is_file():
-        return (ANY_DOMAIN,)
-    domains = read_json(path / EXTRACTION).get("domains")
-    if not isinstance(domains, list) or not domains or not all(isinstance(name, str) for name in domains):
-        raise ValueError(f"{EXTRACTION} names no domain: it is damaged")
-    return tuple(domains)
+    """The domains of a model, as our commands noted beside it; a dense one may have several."""
+    ours = (EXTRACTION, CONVERSION, *([PRUNING] if (path / MANIFEST).is_file() else []))  # others write report.json too
+    for report in ours:
+        if (path / report).is_file():
+            domains = read_json(path / report).get("domains")
+            if not isinstance(domains, list) or not domains or not all(isinstance(name, str) for name in domains):
+                raise ValueError(f"{report} names no domain: it is damaged")
+            return tuple(domains)
+    return (ANY_DOMAIN,)
 
 
 def read_json(path: Path) -> dict[str, Any]:

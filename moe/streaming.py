@@ -9,7 +9,7 @@ Shape letters: B sequences, S positions, D model width, F expert hidden width, V
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,48 @@ from torch import Tensor, nn
 from ..kernels.expert_mlp import expert_mlp
 from .batch import Batch
 from .canonical import canonical_views, is_parameter, slot_of
+from .config import ModelConfig
+from .domains import DomainRegistry
 from .layer import Block, MoELayer
 from .model import Transformer
-from .routing import DomainGroup, RoutingContext
-from .stored import StoredModel
+from .routers import Router
+from .routing import DomainGroup, Routing, RoutingContext
+
+
+class Watcher(Protocol):
+    """Sees what becomes of a batch in sparse layers; it changes nothing of what the batch leaves them with."""
+
+    def route(self, gate: Router, x_BSD: Tensor, context: RoutingContext) -> Routing:
+        """Return what `gate` says of the normed `x_BSD`, perhaps with further experts at weight 0 behind its own."""
+        ...
+
+    def see(self, before_BSD: Tensor, rows_RD: Tensor, receipt: object, after_BSD: Tensor) -> None:
+        """Take note of the experts' outputs, as dispatched, and of the residual stream before and after them."""
+        ...
+
+
+class Weights(Protocol):
+    """Where weights come from, by canonical name."""
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Read one whole tensor into `target`, of its shape; other dtypes are converted."""
+        ...
+
+
+class RunnableModel(Protocol):
+    """A model of which one tensor at a time can be had: stored, or cut from a stored one as it is read."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its config."""
+
+    @property
+    def registry(self) -> DomainRegistry:
+        """Its domains."""
+
+    @property
+    def tensors(self) -> Weights:
+        """Its weights."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +70,7 @@ class Running:
     position_BS: Tensor
     groups: tuple[DomainGroup, ...]
     context: RoutingContext
+    watcher: Watcher | None = None
 
 
 class _Routed(NamedTuple):
@@ -50,7 +89,7 @@ class StreamedModel:
     """
 
     def __init__(
-        self, stored: StoredModel, *, domains: Sequence[int] | None = None, rounding: torch.dtype | None = None
+        self, stored: RunnableModel, *, domains: Sequence[int] | None = None, rounding: torch.dtype | None = None
     ) -> None:
         self._tensors, self._rounding = stored.tensors, rounding
         with torch.device("meta"):
@@ -65,19 +104,34 @@ class StreamedModel:
 
         Raises ValueError for a batch of a domain whose weights are not read.
         """
-        decoder = self._model.model
-        with self._loaded({"model.embed_tokens": decoder.embed_tokens}):
-            running = [self._begin(batch) for batch in batches]
-        for index, block in enumerate(decoder.layers):
-            assert isinstance(block, Block)
-            if block.is_sparse:
-                self._run_sparse(block, f"model.layers.{index}", running)
-            else:
-                with self._loaded({f"model.layers.{index}": block}):
-                    for batch in running:
-                        batch.x_BSD, _ = block(batch.x_BSD, batch.start_BS, batch.position_BS, batch.context)
+        running = self.embed(batches)
+        for layer in range(self._model.config.num_layers):
+            self.run_layer(layer, running)
             on_layer()
         return running
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[Batch]) -> list[Running]:
+        """Look the batches' tokens up. Raises ValueError for a batch of a domain whose weights are not read."""
+        embedding = self._model.model.embed_tokens
+        with self._loaded({"model.embed_tokens": embedding}):
+            return [self._running(batch, None) for batch in batches]
+
+    def resume(self, batch: Batch, x_BSD: Tensor) -> Running:
+        """Return a batch whose hidden states were put aside before some layer."""
+        return self._running(batch, x_BSD)
+
+    @torch.no_grad()
+    def run_layer(self, layer: int, running: Sequence[Running]) -> None:
+        """Take batches through one layer."""
+        block = self._model.model.layers[layer]
+        assert isinstance(block, Block)
+        if block.is_sparse:
+            self._run_sparse(block, f"model.layers.{layer}", running)
+        else:
+            with self._loaded({f"model.layers.{layer}": block}):
+                for batch in running:
+                    batch.x_BSD, _ = block(batch.x_BSD, batch.start_BS, batch.position_BS, batch.context)
 
     @torch.no_grad()
     def run_head(self, running: Sequence[Running]) -> Iterator[Tensor]:
@@ -88,14 +142,14 @@ class StreamedModel:
             for batch in running:
                 yield self._model.logits(decoder.norm(batch.x_BSD), batch.groups)
 
-    def _begin(self, batch: Batch) -> Running:
+    def _running(self, batch: Batch, x_BSD: Tensor | None) -> Running:
         groups = self._model.groups(batch.domain_B)
         for group in groups:
             if group.domain not in self._domains:
                 raise ValueError(f"domain id {group.domain} is not among those whose weights are read")
         length = batch.token_BS.shape[1]
         return Running(
-            x_BSD=self._model.embed(batch.token_BS, groups),
+            x_BSD=self._model.embed(batch.token_BS, groups) if x_BSD is None else x_BSD,
             start_BS=batch.start_BS,
             position_BS=torch.arange(length) - batch.start_BS,
             groups=groups,
@@ -121,11 +175,14 @@ class StreamedModel:
             for batch in running:
                 normed_BSD = block.input_layernorm(batch.x_BSD)
                 batch.x_BSD = batch.x_BSD + block.self_attn(normed_BSD, batch.start_BS, batch.position_BS)
-                routed.append(_route(moe, block.post_attention_layernorm(batch.x_BSD), batch.context))
+                routed.append(_route(moe, block.post_attention_layernorm(batch.x_BSD), batch))
         for expert in range(moe.gate.num_experts):
             self._run_expert(moe, f"{prefix}.block_sparse_moe.experts.{expert}", expert, routed)
         for batch, rows in zip(running, routed, strict=True):
-            batch.x_BSD = batch.x_BSD + moe.dispatcher.combine(rows.rows_RD, rows.receipt).view_as(batch.x_BSD)
+            before_BSD = batch.x_BSD
+            batch.x_BSD = before_BSD + moe.dispatcher.combine(rows.rows_RD, rows.receipt).view_as(before_BSD)
+            if batch.watcher is not None:
+                batch.watcher.see(before_BSD, rows.rows_RD, rows.receipt, batch.x_BSD)
 
     def _run_expert(self, moe: MoELayer, prefix: str, expert: int, routed: Sequence[_Routed]) -> None:
         wanting = [batch for batch in routed if batch.begins[expert] < batch.begins[expert + 1]]
@@ -162,6 +219,8 @@ class StreamedModel:
             target.copy_(target.to(self._rounding))
 
 
-def _route(moe: MoELayer, normed_BSD: Tensor, context: RoutingContext) -> _Routed:
-    rows_RD, count_E, receipt = moe.dispatcher.dispatch(normed_BSD.flatten(0, 1), moe.gate(normed_BSD, context))
+def _route(moe: MoELayer, normed_BSD: Tensor, batch: Running) -> _Routed:
+    gate, watcher = moe.gate, batch.watcher
+    routing = gate(normed_BSD, batch.context) if watcher is None else watcher.route(gate, normed_BSD, batch.context)
+    rows_RD, count_E, receipt = moe.dispatcher.dispatch(normed_BSD.flatten(0, 1), routing)
     return _Routed(rows_RD, count_E, [0, *count_E.cumsum(0).tolist()], receipt)

@@ -4,9 +4,10 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -84,23 +85,29 @@ def _lines(path: Path, file: Iterable[bytes], field: str) -> Iterator[str]:
             return
         number += 1
         if line.strip():
-            yield _text_of(line, path, number, offset, field)
+            row, place = parse_row(line, path, number, offset), f"{path}, line {number}"
+            if field not in row:
+                known = ", ".join(sorted(map(str, row))) or "none"
+                raise ValueError(f"{place}: no field {field!r} (fields: {known}); set data.text_field")
+            yield text_of(row, field, place)
         offset += len(line)
 
 
-def _text_of(line: bytes, path: Path, number: int, offset: int, field: str) -> str:
-    place = f"{path}, line {number}"
+def parse_row(line: bytes, path: Path, number: int, offset: int) -> dict[str, Any]:
+    """Parse line `number` of `path`, which begins at byte `offset`; ValueError with the place where it is no object."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {offset + error.start}; convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not a JSON object ({error})") from error
+        raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: not a JSON object but {type(row).__name__}")
-    if field not in row:
-        known = ", ".join(sorted(map(str, row))) or "none"
-        raise ValueError(f"{place}: no field {field!r} (fields: {known}); set data.text_field")
+        raise ValueError(f"{path}, line {number}: not a JSON object but {type(row).__name__}")
+    return row
+
+
+def text_of(row: Mapping[str, Any], field: str, place: str) -> str:
+    """Return the text in `field` of a row; ValueError that begins with `place` where it is none."""
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"{place}: field {field!r} is not text but {type(text).__name__}")

@@ -7,13 +7,13 @@ Shape letters: S positions, N documents.
 """
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..batch import IGNORED
-from ..keyed import numpy_generator
+from ..keyed import keyed_permutation
 from .indexed import IndexedDocuments
 
 Ints = NDArray[np.int64]
@@ -27,6 +27,29 @@ class Rows(NamedTuple):
     start_S: Ints
 
 
+class Documents(Protocol):
+    """Token ids of documents: `tokens` end to end, `lengths` `[N]`."""
+
+    @property
+    def tokens(self) -> NDArray[np.integer]:
+        """Ids."""
+
+    @property
+    def lengths(self) -> NDArray[Any]:
+        """Tokens of each document."""
+
+    @property
+    def num_documents(self) -> int:
+        """N."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The sum of the lengths."""
+
+    def starts(self, documents: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """Return where the documents begin in `tokens`."""
+
+
 class Order(NamedTuple):
     """Documents in reading order, int64 `[N]`, and the position after each one's last token, int64 `[N]`."""
 
@@ -34,22 +57,18 @@ class Order(NamedTuple):
     end_N: Ints
 
 
-def file_order(documents: IndexedDocuments) -> Order:
+def file_order(documents: Documents) -> Order:
     """Return the order of the file itself."""
     return Order(np.arange(documents.num_documents), np.cumsum(documents.lengths, dtype=np.int64))
 
 
-def epoch_order(documents: IndexedDocuments, seed: int, domain: str, epoch: int) -> Order:
-    """Return the keyed order of one epoch.
-
-    The raw Philox stream is sorted, as only that stream is promised to stay the same in later versions of numpy.
-    """
-    bits = numpy_generator("documents", seed, domain, epoch).bit_generator.random_raw(documents.num_documents)
-    permutation = np.argsort(bits, kind="stable").astype(np.int64)
+def epoch_order(documents: Documents, seed: int, domain: str, epoch: int) -> Order:
+    """Return the keyed order of one epoch."""
+    permutation = keyed_permutation(documents.num_documents, "documents", seed, domain, epoch)
     return Order(permutation, np.cumsum(documents.lengths[permutation], dtype=np.int64))
 
 
-def pack(documents: IndexedDocuments, order: Order, begin: int, rows: Rows) -> int:
+def pack(documents: Documents, order: Order, begin: int, rows: Rows) -> int:
     """Fill `rows` with the tokens of `order` from position `begin` on; return how many were there to be filled in.
 
     A token's label is the next token of the same document, IGNORED for a document's last token; its start is the first

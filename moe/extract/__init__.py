@@ -4,7 +4,7 @@ from .in_transformers import TransformersCheck, check_in_transformers
 from .plan import Piece, Submodel, plan_submodel
 from .report import REPORT_VERSION, describe, identity
 from .verify import DomainCheck, verify_domain, verify_tensors
-from .write import Extraction, formula_bytes, planned_bytes, write_submodel
+from .write import Extraction, SubmodelWriter, formula_bytes, planned_bytes, write_submodel
 
 __all__ = [
     "REPORT_VERSION",
@@ -12,6 +12,7 @@ __all__ = [
     "Extraction",
     "Piece",
     "Submodel",
+    "SubmodelWriter",
     "TransformersCheck",
     "check_in_transformers",
     "describe",

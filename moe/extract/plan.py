@@ -20,10 +20,14 @@ _SLOT = re.compile(r"^(model\.embed_tokens|lm_head)\.(?:slots\.(\d+)\.)?weight$"
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Where a tensor comes from: the parent's tensor, whole or some of its rows."""
+    """Where a tensor comes from: the parent's tensor, whole or some of its rows.
+
+    With `shares`, tensors of the parent by name, `source` among them, each with its weight, it is their weighted mean.
+    """
 
     source: str
     rows: tuple[int, ...] | None = None
+    shares: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +69,23 @@ def plan_submodel(config: ModelConfig, registry: DomainRegistry, names: Sequence
         )
     )
     sub_config = _sub_config(config, sub_registry, len(slots))
-    origins = _Origins(config=config, ids=tuple(ids), kept=tuple(kept), slots=tuple(slots))
-    pieces = {name: origins.of(name) for name in expected_shapes(sub_config, sub_registry)}
-    return _dense(Submodel(config=sub_config, registry=sub_registry, pieces=pieces))
+    origins = Origins(config=config, ids=tuple(ids), kept=tuple(kept), slots=tuple(slots))
+    return _dense(origins.submodel(sub_config, sub_registry))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Origins:
+class Origins:
+    """What is kept of a model of `config`; the tensors of the submodel are numbered anew, in this order."""
+
     config: ModelConfig
     ids: tuple[int, ...]  # the domains'
     kept: tuple[tuple[int, ...], ...]  # experts of each sparse layer
     slots: tuple[int, ...]
+
+    def submodel(self, config: ModelConfig, registry: DomainRegistry) -> Submodel:
+        """Return the submodel of that config and registry, every tensor with its origin."""
+        pieces = {name: self.of(name) for name in expected_shapes(config, registry)}
+        return Submodel(config=config, registry=registry, pieces=pieces)
 
     def of(self, name: str) -> Piece:
         """Where the submodel's tensor `name` comes from."""

@@ -1,4 +1,4 @@
-"""Writes a planned submodel: one tensor in memory at a time, hashed as it was kept."""
+"""Writes a planned submodel: one tensor in memory at a time, two where it cannot pass in pieces, hashed as written."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -7,32 +7,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..canonical import is_parameter
 from ..config import num_experts
 from ..counts import count_parameters
-from ..data.tokenizer import END_OF_TEXT, PADDING, parse_tokenizer, special_id
-from ..hf.config import config_json, generation_config, tokenizer_config
-from ..hf.formats import HFFormat, choose_format
-from ..hf.names import hf_name
+from ..hf.files import write_carried, write_hf_files
+from ..hf.formats import choose_format
 from ..parsing import to_mapping
-from ..storage.checkpoint import CheckpointContent, encode_json, write_content
+from ..storage.checkpoint import CheckpointContent, write_documents
+from ..storage.copying import copy_tensor_file
 from ..storage.durable import DurableDirectory
-from ..storage.tensors import NamedTensor, natural_order, write_tensors
+from ..storage.tensors import MAX_FILE_BYTES, NamedTensor, encode_index, natural_order, plan_files, tensor_bytes
 from ..stored import StoredModel
-from .plan import Piece, Submodel
-
-_WITHOUT_LENGTH = 2048  # positions that a model claims whose maker told none
+from .cut import cut_tensors
+from .plan import Submodel
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptTensor:
-    """A tensor as it was written: its names, where it comes from, and the SHA-256 of its bytes."""
+    """A tensor as it was written: its names, where it comes from, and the SHA-256 of its bytes as they were read."""
 
     name: str  # on disk
     canonical: str
     source: str
     rows: tuple[int, ...] | None
-    sha256: str
+    sha256: str | None  # None: not taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +43,106 @@ class Extraction:
     kept: tuple[KeptTensor, ...]
 
 
+class SubmodelWriter:
+    """Writes all files of a submodel but report and manifest, in the format of transformers that fits, else sigmoe's.
+
+    `dtype` rounds the parameters (None: as the parent has them); `sigmoe_format` asks for sigmoe's format in any case;
+    `hash_tensors` takes the hash of every tensor, beside those of the files, which costs as much time again.
+    Several processes may share the weight files: each calls `write` with its `rank` of `size`.
+    """
+
+    def __init__(
+        self,
+        parent: StoredModel,
+        submodel: Submodel,
+        *,
+        dtype: torch.dtype | None = None,
+        sigmoe_format: bool = False,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        hash_tensors: bool = True,
+    ) -> None:
+        choice = choose_format(submodel.config, submodel.registry)
+        self._format = None if sigmoe_format else choice.format
+        self._reason = "format=sigmoe asks for it" if sigmoe_format else choice.reason
+        self._parent, self._submodel, self._rounded = parent, submodel, dtype is not None
+        self._hash_tensors = hash_tensors
+        cut = cut_tensors(parent, submodel, self._format or "sigmoe", dtype)
+        self._tensors: dict[str, NamedTensor] = {name: tensor for name, (_, tensor) in cut.items()}
+        self._canonical = {name: canonical for name, (canonical, _) in cut.items()}
+        self._folder = "model" if self._format is None else "."
+        self._files = plan_files("model", self._tensors, max_file_bytes=max_file_bytes)
+        self.num_bytes = sum(tensor.num_bytes for tensor in self._tensors.values())
+        self.dtype = self._tensors["model.norm.weight"].dtype
+
+    def write(
+        self,
+        directory: DurableDirectory,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Write this process's share of the weight files, and with rank 0 the small ones.
+
+        `progress` hears bytes written and in all, of this share. Raises ValueError for a parent without a tokenizer
+        where transformers wants one, WriteError where the disk refuses.
+        """
+        if rank == 0:  # first, since they may be refused
+            self._write_small_files(directory)
+        share = self._files[rank::size]
+        total = sum(self._tensors[name].num_bytes for file in share for name in file.tensors)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        for file in share:
+            if self._place(file.name) in directory.finished:
+                advance(sum(self._tensors[name].num_bytes for name in file.tensors))
+            else:
+                copy_tensor_file(
+                    directory, self._folder, file, self._tensors, hash_tensors=self._hash_tensors, advance=advance
+                )
+
+    def extraction(self, directory: DurableDirectory) -> Extraction:
+        """Return what was written, when all weight files are in `directory.records`."""
+        hashes = {name: hash for file in self._files for name, hash in directory.parts[self._place(file.name)].items()}
+        pieces = {name: self._submodel.pieces[canonical] for name, canonical in self._canonical.items()}
+        kept = tuple(
+            KeptTensor(
+                name=name,
+                canonical=self._canonical[name],
+                source=pieces[name].source,
+                rows=pieces[name].rows,
+                sha256=hashes.get(name),
+            )
+            for name in sorted(self._tensors, key=natural_order)
+        )
+        return Extraction(
+            format=self._format or "sigmoe",
+            reason=self._reason,
+            dtype=self.dtype,
+            num_bytes=self.num_bytes,
+            kept=kept,
+        )
+
+    def _place(self, name: str) -> str:
+        return name if self._folder == "." else f"{self._folder}/{name}"
+
+    def _write_small_files(self, directory: DurableDirectory) -> None:
+        parent, submodel = self._parent, self._submodel
+        if self._format is None:
+            write_documents(directory, _sigmoe_content(parent, submodel, self._tensors))
+            write_carried(directory, parent)
+        else:
+            config, registry, rounded = submodel.config, submodel.registry, self._rounded
+            write_hf_files(directory, parent, config, registry, self._format, dtype=self.dtype, rounded=rounded)
+        index = encode_index(self._files, self._tensors)
+        directory.write(self._place("model.safetensors.index.json"), index)
+
+
 def write_submodel(
     directory: DurableDirectory,
     parent: StoredModel,
@@ -55,30 +152,15 @@ def write_submodel(
     sigmoe_format: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Extraction:
-    """Write all files of the submodel but report and manifest, in the format of transformers that fits, else sigmoe's.
-
-    `dtype` rounds the parameters (None: as the parent has them); `sigmoe_format` asks for sigmoe's format in any case;
-    `progress` hears bytes written and in all. Raises ValueError for a parent without a tokenizer, WriteError where the
-    disk refuses.
-    """
-    choice = choose_format(submodel.config, submodel.registry)
-    format = None if sigmoe_format else choice.format
-    reason = "format=sigmoe asks for it" if sigmoe_format else choice.reason
-    writer = _Writer(parent, submodel, format or "sigmoe", dtype, progress)
-    if format is None:
-        write_content(directory, _sigmoe_content(parent, submodel, writer.tensors))
-    else:
-        _write_hf_files(directory, parent, submodel, format, writer.dtype)
-        write_tensors(directory, ".", "model", writer.tensors)
-    kept = tuple(sorted(writer.kept, key=lambda tensor: natural_order(tensor.name)))
-    return Extraction(
-        format=format or "sigmoe", reason=reason, dtype=writer.dtype, num_bytes=writer.num_bytes, kept=kept
-    )
+    """Write a submodel as `SubmodelWriter` does, in one process."""
+    writer = SubmodelWriter(parent, submodel, dtype=dtype, sigmoe_format=sigmoe_format)
+    writer.write(directory, progress=progress)
+    return writer.extraction(directory)
 
 
 def planned_bytes(parent: StoredModel, submodel: Submodel, dtype: torch.dtype | None) -> int:
     """Return the bytes of the tensors that `write_submodel` will write."""
-    return _Writer(parent, submodel, "sigmoe", dtype, lambda done, total: None).num_bytes
+    return SubmodelWriter(parent, submodel, dtype=dtype).num_bytes
 
 
 def formula_bytes(submodel: Submodel, dtype: torch.dtype) -> int:
@@ -93,66 +175,9 @@ def formula_bytes(submodel: Submodel, dtype: torch.dtype) -> int:
     return size
 
 
-class _Writer:
-    """The submodel's tensors under their names on disk, each cut from the parent and hashed when it is read."""
-
-    def __init__(
-        self,
-        parent: StoredModel,
-        submodel: Submodel,
-        format: str,
-        dtype: torch.dtype | None,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self.kept: list[KeptTensor] = []
-        self.tensors: dict[str, NamedTensor] = {}
-        self._parent, self._dtype, self._progress, self._done = parent, dtype, progress, 0
-        for canonical, piece in submodel.pieces.items():
-            name = canonical if format == "sigmoe" else hf_name(format, canonical)
-            shape = parent.tensors.shape(piece.source)
-            rows = shape if piece.rows is None else (len(piece.rows), *shape[1:])
-            self.tensors[name] = NamedTensor(rows, self._written_dtype(piece), self._reader(name, canonical, piece))
-        self.num_bytes = sum(tensor.num_bytes for tensor in self.tensors.values())
-        self.dtype = self.tensors["model.norm.weight"].dtype
-
-    def _written_dtype(self, piece: Piece) -> torch.dtype:
-        stored = self._parent.tensors.dtype(piece.source)
-        return self._dtype if self._dtype is not None and is_parameter(piece.source) else stored
-
-    def _reader(self, name: str, canonical: str, piece: Piece) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            tensor = self._parent.tensors.read(piece.source)
-            if piece.rows is not None:
-                tensor = tensor[list(piece.rows)]
-            tensor = _rounded(tensor, self._written_dtype(piece), piece.source)
-            self.kept.append(
-                KeptTensor(
-                    name=name,
-                    canonical=canonical,
-                    source=piece.source,
-                    rows=piece.rows,
-                    sha256=hash_tensor(tensor),
-                )
-            )
-            self._done += tensor.nbytes
-            self._progress(self._done, self.num_bytes)
-            return tensor
-
-        return read
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    rounded = tensor.to(dtype)
-    # fp16 ends at 65504; of the other formats none has a narrower range than fp32.
-    if dtype == torch.float16 != tensor.dtype and bool(rounded.isinf().any()) and not bool(tensor.isinf().any()):
-        raise ValueError(f"{name} holds numbers beyond the range of fp16: choose dtype=bf16")
-    return rounded
-
-
 def hash_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 (hex) of a contiguous tensor's bytes."""
-    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def _sigmoe_content(parent: StoredModel, submodel: Submodel, tensors: Mapping[str, NamedTensor]) -> CheckpointContent:
@@ -165,25 +190,3 @@ def _sigmoe_content(parent: StoredModel, submodel: Submodel, tensors: Mapping[st
         tokenizer=parent.tokenizer,
         hf_config=None,
     )
-
-
-def _write_hf_files(
-    directory: DurableDirectory, parent: StoredModel, submodel: Submodel, format: HFFormat, dtype: torch.dtype
-) -> None:
-    if parent.tokenizer is None:
-        raise ValueError(f"{parent.path} has no tokenizer.json, which transformers wants: give format=sigmoe")
-    tokenizer = parse_tokenizer(parent.tokenizer, f"{parent.path}/tokenizer.json")
-    special = {"end_of_text": special_id(tokenizer, END_OF_TEXT), "padding": special_id(tokenizer, PADDING)}
-    length = parent.sequence_length or _WITHOUT_LENGTH
-    config = config_json(
-        format,
-        submodel.config,
-        submodel.registry,
-        sequence_length=length,
-        dtype=str(dtype).removeprefix("torch."),
-        **special,
-    )
-    directory.write("config.json", encode_json(config))
-    directory.write("generation_config.json", encode_json(generation_config(**special)))
-    directory.write("tokenizer.json", parent.tokenizer)
-    directory.write("tokenizer_config.json", encode_json(tokenizer_config(length)))

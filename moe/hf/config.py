@@ -40,7 +40,7 @@ def config_json(
         "pad_token_id": padding,
         "dtype": dtype,
     }
-    return {**_shape(format, config, registry), **tokens}
+    return {**shape_json(format, config, registry), **tokens}
 
 
 def generation_config(*, end_of_text: int, padding: int) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def tokenizer_config(sequence_length: int) -> dict[str, Any]:
     }
 
 
-def _shape(format: HFFormat, config: ModelConfig, registry: DomainRegistry) -> dict[str, Any]:
+def shape_json(format: HFFormat, config: ModelConfig, registry: DomainRegistry) -> dict[str, Any]:
+    """Return the part of config.json that says what is computed, of a model that fits `format`."""
     common = {
         "architectures": [ARCHITECTURES[format]],
         "model_type": format,

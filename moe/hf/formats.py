@@ -15,8 +15,10 @@ from ..domains import DomainRegistry
 
 HFFormat = Literal["mixtral", "qwen3_moe", "olmoe", "mistral", "qwen3"]
 HF_FORMATS: tuple[str, ...] = get_args(HFFormat)
+# Read alone: without biases a Llama computes what a Mistral without a window does, and is written as one.
+READ_FORMATS = (*HF_FORMATS, "llama")
 # Their names on disk are the canonical ones.
-CANONICAL_FORMATS = ("mixtral", "mistral", "qwen3")
+CANONICAL_FORMATS = ("mixtral", "mistral", "qwen3", "llama")
 ARCHITECTURES: dict[str, str] = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -79,7 +81,7 @@ def _router_misfit(config: ModelConfig, registry: DomainRegistry) -> str | None:
         )
     sizes = sorted({num_experts(registry, index) for index in range(len(config.sparse_layer_ids))})
     if len(sizes) > 1:
-        return f"its layers have {sizes[0]} to {sizes[-1]} experts, transformers wants one number: sets of one size"
+        return f"its layers have {sizes[0]} to {sizes[-1]} experts, transformers wants one number: give all the same"
     if router.balance == "bias":
         return "its gate has a selection bias, which transformers lacks: train with router.balance=loss"
     return None

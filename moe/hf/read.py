@@ -1,37 +1,56 @@
 """config.json of a transformers model -> our config; what would change the arithmetic and we lack is refused."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from ..config import ModelConfig, RouterConfig
-from .formats import HF_FORMATS, HFFormat
+from .formats import READ_FORMATS
 
 ItemT = TypeVar("ItemT", int, str)
 _MISSING = object()
-# What must stand in config.json as given here, or not at all.
+_EXPERT_COUNTS = ("num_local_experts", "num_experts")  # as transformers' versions and classes call it
+# What must stand in config.json as given here, or not at all (null).
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
+    "mlp_bias": False,
     "clip_qkv": None,
     "rope_scaling": None,
-    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    # Of relatives: Qwen2-MoE and DeepSeek have experts that every token passes.
+    "shared_expert_intermediate_size": 0,
+    "n_shared_experts": 0,
+    "num_shared_experts": 0,
 }
+# What transformers 5 takes where a key is missing, and its classes differ.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8},
+    "qwen3_moe": {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8},
+    "olmoe": {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.01},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "llama": {"sliding_window": None},
+}
+_QK_NORM: dict[str, Literal["head", "width"]] = {"qwen3_moe": "head", "qwen3": "head", "olmoe": "width"}
 
 
-def model_config(data: Mapping[str, Any]) -> tuple[HFFormat, ModelConfig]:
-    """Return the format that config.json names and our config of the same model, as one domain.
+def model_config(data: Mapping[str, Any]) -> tuple[str, ModelConfig]:
+    """Return the model type that config.json names and our config of the same model, as one domain.
 
-    Raises ValueError naming the key that is missing, of a wrong type, or asks for what sigmoe lacks.
+    Keys that are missing have transformers' defaults, but for the sizes. Raises ValueError naming the key that is
+    missing, of a wrong type, or asks for what sigmoe lacks.
     """
     format = data.get("model_type")
-    if format not in HF_FORMATS:
-        raise ValueError(f"model_type is {format!r}; sigmoe reads {', '.join(HF_FORMATS)}")
+    if format not in READ_FORMATS:
+        raise ValueError(f"model_type is {format!r}; sigmoe reads {', '.join(READ_FORMATS)}")
+    data = {**_defaults(format, data), **data}
     for key, value in _FIXED.items():
-        if data.get(key, value) != value:
+        if data.get(key) is not None and data[key] != value:
             raise ValueError(f"{key} is {data[key]!r}; sigmoe reads models with {value!r} alone")
     dim, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
     sparse = format in ("mixtral", "qwen3_moe", "olmoe")
-    config = ModelConfig(
+    return format, ModelConfig(
         vocab_size=_whole(data, "vocab_size"),
         dim=dim,
         num_layers=_whole(data, "num_hidden_layers"),
@@ -41,21 +60,25 @@ def model_config(data: Mapping[str, Any]) -> tuple[HFFormat, ModelConfig]:
         expert_dim=_whole(data, "moe_intermediate_size" if format == "qwen3_moe" else "intermediate_size"),
         ffn_dim=_whole(data, "intermediate_size"),
         sparse_layers=_sparse_layers(data) if sparse else "none",
-        qk_norm={"qwen3_moe": "head", "qwen3": "head", "olmoe": "width"}.get(format, "none"),  # type: ignore[arg-type]
-        rope_theta=_rope_theta(data, format),
-        norm_eps=_number(data, "rms_norm_eps", {"olmoe": 1e-5, "mixtral": 1e-5}.get(format, 1e-6)),
+        qk_norm=_QK_NORM.get(format, "none"),
+        rope_theta=_rope_theta(data),
+        norm_eps=_number(data, "rms_norm_eps", 1e-6),
         sliding_window=_window(data, format),
         tie_embeddings=_flag(data, "tie_word_embeddings", False),
         init_std=_number(data, "initializer_range", 0.02),
         router=_router(data, format) if sparse else RouterConfig(name="top_k", num_experts=1, top_k=1),
     )
-    return cast(HFFormat, format), config
+
+
+def _defaults(format: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What `format` has where a key is missing; the number of experts goes by two names."""
+    known = any(key in data for key in _EXPERT_COUNTS)
+    return {key: value for key, value in _DEFAULTS[format].items() if not (known and key in _EXPERT_COUNTS)}
 
 
 def _router(data: Mapping[str, Any], format: str) -> RouterConfig:
-    # transformers calls the number of experts differently from version to version.
-    key = "num_local_experts" if "num_local_experts" in data else "num_experts"
-    top_k = _whole(data, "num_experts_per_tok")
+    key = next((key for key in _EXPERT_COUNTS if key in data), "num_experts")
+    top_k = _whole(data, "num_experts_per_tok", 2)
     return RouterConfig(
         name="top_k",
         num_experts=_whole(data, key),
@@ -79,24 +102,28 @@ def _sparse_layers(data: Mapping[str, Any]) -> str:
     raise ValueError(f"sparse layers {sparse} of {num_layers}: sigmoe reads all, every n-th, or the upper ones")
 
 
-def _rope_theta(data: Mapping[str, Any], format: str) -> float:
+def _rope_theta(data: Mapping[str, Any]) -> float:
     """transformers 4 has rope_theta, 5 has rope_parameters."""
     rope = data.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters is {rope!r}; sigmoe reads rope_type default alone")
-    default = 1e6 if format == "mixtral" else 10_000.0
-    return _number(rope if "rope_theta" in rope else data, "rope_theta", default)
+    plain = {"rope_type": "default", "partial_rotary_factor": 1.0}
+    if not isinstance(rope, Mapping) or any(rope[key] != plain.get(key) for key in rope if key != "rope_theta"):
+        raise ValueError(f"rope_parameters is {rope!r}; sigmoe reads rope_type default and a rope_theta alone")
+    return _number(rope if "rope_theta" in rope else data, "rope_theta", 10_000.0)
 
 
 def _window(data: Mapping[str, Any], format: str) -> int | None:
+    """The window of all layers; transformers has none for a Llama or an OLMoE, whatever their config.json says."""
+    kinds, window = set(_list(data, "layer_types", str)), None
     if format.startswith("qwen3"):
-        if not _flag(data, "use_sliding_window", False):
-            return None
-        kinds = set(_list(data, "layer_types", str) or ["sliding_attention"])
-        if kinds != {"sliding_attention"} or _whole(data, "max_window_layers", 0) != 0:
-            raise ValueError("its layers differ in their attention window; sigmoe reads one window for all, or none")
-    window = data.get("sliding_window", 4096 if format == "mistral" else None)
-    return None if window is None else _whole(data, "sliding_window", window)
+        if _flag(data, "use_sliding_window", False):
+            window = _whole(data, "sliding_window", 4096)
+            if not kinds and _whole(data, "max_window_layers", 28 if format == "qwen3" else 0):
+                kinds = {"full_attention"}  # below that layer
+    elif format in ("mixtral", "mistral"):
+        window = _optional(data, "sliding_window")
+    if kinds - {"full_attention" if window is None else "sliding_attention"}:
+        raise ValueError("its layers differ in their attention window; sigmoe reads one window for all, or none")
+    return window
 
 
 def _whole(data: Mapping[str, Any], key: str, default: object = _MISSING) -> int:

@@ -33,8 +33,10 @@ __all__ = [
     "durable_directory",
     "is_leftover",
     "make_directory",
+    "publish",
     "remove_directory",
     "remove_stale",
+    "require_replaceable",
     "require_space",
     "restore_replaced",
     "write_file",
@@ -45,17 +47,22 @@ _STARTED = time.time()
 
 
 class DurableDirectory:
-    """A directory under construction; `records` maps each finished file's relative name to its size and hash."""
+    """A directory under construction; `records` maps each finished file's relative name to its size and hash.
+
+    `parts` has the hashes of the parts of a file, where its writer took them; the files in `finished` were there when
+    the directory was opened.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.records: dict[str, FileRecord] = {}
+        self.parts: dict[str, dict[str, str]] = {}
+        self.finished: frozenset[str] = frozenset()
 
     def write(self, relative: str, data: BytesLike | Iterable[BytesLike]) -> FileRecord:
         """Write one file at once, or from pieces. ValueError if the name leaves the directory or is taken."""
         with self.open(relative) as writer:
-            for piece in (data,) if isinstance(data, bytes | bytearray | memoryview) else data:
-                writer.write(piece)
+            _write_pieces(writer, data)
         return self.records[relative]
 
     @contextmanager
@@ -64,7 +71,13 @@ class DurableDirectory:
         path = self._place(relative)
         with HashingWriter(path) as writer:
             yield writer
-        self.records[relative] = writer.record
+        self.finish(relative, writer.record, writer.parts)
+
+    def finish(self, relative: str, record: FileRecord, parts: dict[str, str] | None) -> None:
+        """Take note of a file that is whole and on the disk."""
+        self.records[relative] = record
+        if parts is not None:
+            self.parts[relative] = parts
 
     def _place(self, relative: str) -> Path:
         """Where `relative` goes, its folders made; names that leave the directory and links as folders are refused."""
@@ -91,7 +104,7 @@ def durable_directory(path: Path, *, replace: bool = False) -> Iterator[DurableD
     After an exception nothing of it stays. ValueError if `path` exists (unless `replace`), is a link or is no
     directory; `WriteError` (one line) if the disk refuses.
     """
-    _require_replaceable(path, replace)
+    require_replaceable(path, replace)
     make_directory(path.parent)
     remove_stale(path.parent)
     temporary = _hidden("tmp", path)
@@ -100,18 +113,23 @@ def durable_directory(path: Path, *, replace: bool = False) -> Iterator[DurableD
         temporary.mkdir()
     try:
         yield DurableDirectory(temporary)
-        with write_errors(path):
-            for folder, _, _ in os.walk(temporary, topdown=False):
-                _sync_folder(Path(folder))
-            _require_replaceable(path, replace)
-            _rename_into_place(temporary, path)
+        publish(temporary, path, replace=replace)
     finally:
         # After success the name is gone; after a failure this keeps the disk as it was.
         with suppress(OSError):
             _remove_tree(temporary)
 
 
-def write_file(path: Path, data: bytes) -> FileRecord:
+def publish(root: Path, path: Path, *, replace: bool = False) -> None:
+    """Rename the finished directory `root` to `path` beside it, all on the disk; errors as `durable_directory` has."""
+    with write_errors(path):
+        for folder, _, _ in os.walk(root, topdown=False):
+            _sync_folder(Path(folder))
+        require_replaceable(path, replace)
+        _rename_into_place(root, path)
+
+
+def write_file(path: Path, data: BytesLike | Iterable[BytesLike]) -> FileRecord:
     """Write a file so that `path` holds either its old bytes or all the new ones. `WriteError` if the disk refuses."""
     if path.is_symlink() or path.is_dir():
         raise ValueError(f"{path} is a link or a directory, not a file to write")
@@ -120,7 +138,7 @@ def write_file(path: Path, data: bytes) -> FileRecord:
         _remove_tree(temporary)
         try:
             with HashingWriter(temporary) as writer:
-                writer.write(data)
+                _write_pieces(writer, data)
             os.replace(temporary, path)  # noqa: PTH105 - the fault tests count the calls of os
             _sync_folder(path.parent)
         finally:
@@ -194,6 +212,11 @@ def is_leftover(name: str) -> bool:
     return _HIDDEN.fullmatch(name) is not None
 
 
+def _write_pieces(writer: HashingWriter, data: BytesLike | Iterable[BytesLike]) -> None:
+    for piece in (data,) if isinstance(data, bytes | bytearray | memoryview) else data:
+        writer.write(piece)
+
+
 def _hidden(kind: str, path: Path) -> Path:
     return path.parent / f".sigmoe-{kind}-{path.name}-{os.getpid()}"
 
@@ -223,7 +246,8 @@ def _is_alive(pid: int, entry: Path) -> bool:
     return True
 
 
-def _require_replaceable(path: Path, replace: bool) -> None:
+def require_replaceable(path: Path, replace: bool) -> None:
+    """Raise ValueError where no directory can be renamed to `path`: it exists, unless `replace`, or is a link."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link; write to the directory itself")
     if not path.exists():

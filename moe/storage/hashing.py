@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,8 @@ BytesLike = bytes | bytearray | memoryview
 PIECE_BYTES = 8 << 20
 # Smaller writes are gathered, so that a writer fed with single tokens costs no system call a token.
 _GATHER_BYTES = 1 << 20
+# The disk is given so much at a time while the rest is still being hashed, instead of all of it at the end.
+_FLUSH_BYTES = 128 << 20
 
 
 class FileRecord(NamedTuple):
@@ -42,17 +44,21 @@ class HashingWriter:
     """Writes a new file (ValueError if it exists); `record` holds size and hash once the block has ended well.
 
     Raises `WriteError` if the disk refuses. After an exception in the block the file is closed and has no record.
+    `parts` is for the writer's caller: the SHA-256 of parts of the file, by name (None: a file of no known parts).
     """
 
     record: FileRecord
 
     def __init__(self, path: Path) -> None:
+        self.parts: dict[str, str] | None = None
         self._path = path
         self._hash = hashlib.sha256()
         self._size = 0
         self._gathered = bytearray()
         self._pool: ThreadPoolExecutor | None = None
         self._descriptor = -1
+        self._unflushed = 0
+        self._flushing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -72,12 +78,14 @@ class HashingWriter:
             if kind is None:
                 self._flush()
                 with write_errors(self._path):
+                    if self._flushing is not None:
+                        self._flushing.result()  # an error is told once, so the fsync may not see it
                     os.fsync(self._descriptor)
                 self.record = FileRecord(self._size, self._hash.hexdigest())
         finally:
-            os.close(self._descriptor)
             if self._pool is not None:
                 self._pool.shutdown()
+            os.close(self._descriptor)
 
     @property
     def size(self) -> int:
@@ -104,7 +112,7 @@ class HashingWriter:
 
     def _emit(self, view: memoryview) -> None:
         if self._pool is None and len(view) >= _GATHER_BYTES:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+            self._pool = ThreadPoolExecutor(2, thread_name_prefix="sha256")
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
             if self._pool is None:
@@ -114,7 +122,18 @@ class HashingWriter:
                 hashed = self._pool.submit(self._hash.update, piece)
                 self._write_all(piece)
                 hashed.result()
+                self._flush_behind(self._pool, len(piece))
             self._size += len(piece)
+
+    def _flush_behind(self, pool: ThreadPoolExecutor, count: int) -> None:
+        """Have what was written go to the disk on another thread, now and then."""
+        self._unflushed += count
+        if self._unflushed < _FLUSH_BYTES or (self._flushing is not None and not self._flushing.done()):
+            return
+        with write_errors(self._path):
+            if self._flushing is not None:
+                self._flushing.result()
+        self._flushing, self._unflushed = pool.submit(os.fdatasync, self._descriptor), 0
 
     def _write_all(self, view: memoryview) -> None:
         with write_errors(self._path):

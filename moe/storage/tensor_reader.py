@@ -3,12 +3,14 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .hashing import PIECE_BYTES
 from .tensor_format import Extent, load_json, read_header
 
 
@@ -67,6 +69,17 @@ class TensorReader:
         if result.numel():
             _fill(result, ranges, path, extent)
         return result
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor in order, some at a time: each piece is valid until the next but one is asked for."""
+        path, extent = self._find(name)
+        size = min(PIECE_BYTES, extent.end - extent.begin)
+        buffers = itertools.cycle([memoryview(bytearray(size)), memoryview(bytearray(size))])
+        with _opened(path) as descriptor:
+            for begin in range(extent.begin, extent.end, PIECE_BYTES):
+                piece = next(buffers)[: extent.end - begin]
+                _read_exactly(descriptor, piece, begin)
+                yield piece
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Read one whole tensor into `target`, contiguous, in host memory, of its shape; other dtypes are converted."""
@@ -131,12 +144,19 @@ def _fill(result: Tensor, ranges: list[range], path: Path, extent: Extent) -> No
     tail = ranges[split].start * strides[split] if ranges else 0
     run = math.prod(len(r) for r in ranges[split:]) * item
     target = result.view(-1).view(torch.uint8).numpy().data
+    with _opened(path) as descriptor:
+        for number, outer in enumerate(itertools.product(*ranges[:split])):
+            offset = extent.begin + tail + sum(i * stride for i, stride in zip(outer, strides))
+            _read_exactly(descriptor, target[number * run : (number + 1) * run], offset)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Yield the file's descriptor; what cannot be read is a ValueError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for number, outer in enumerate(itertools.product(*ranges[:split])):
-                offset = extent.begin + tail + sum(i * stride for i, stride in zip(outer, strides))
-                _read_exactly(descriptor, target[number * run : (number + 1) * run], offset)
+            yield descriptor
         finally:
             os.close(descriptor)
     except (OSError, EOFError) as error:

@@ -27,6 +27,8 @@ __all__ = [
     "named_tensors",
     "natural_order",
     "plan_files",
+    "tensor_bytes",
+    "tensor_pieces",
     "write_tensor_file",
     "write_tensors",
 ]
@@ -37,11 +39,15 @@ _SLICE_BYTES = 16 << 20
 
 
 class NamedTensor(NamedTuple):
-    """A tensor that is produced only when it is written: its shape and dtype, and the function that yields it."""
+    """A tensor that is produced only when it is written: its shape and dtype, and the function that yields it.
+
+    `pieces`, where there is one, yields its bytes without the whole tensor in memory, as `TensorReader.pieces` does.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    pieces: Callable[[], Iterator[memoryview]] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -116,8 +122,13 @@ def write_tensor_file(
     with directory.open(_inside(folder, file.name)) as writer:
         writer.write(encode_header({name: (tensors[name].shape, tensors[name].dtype) for name in file.tensors}))
         for name in file.tensors:
-            for piece in _pieces(_read(name, tensors[name])):
+            for piece in tensor_pieces(name, tensors[name]):
                 writer.write(piece)
+
+
+def tensor_pieces(name: str, tensor: NamedTensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in order. Raises ValueError where it is not what it was declared to be."""
+    return _pieces(_read(name, tensor)) if tensor.pieces is None else tensor.pieces()
 
 
 def encode_index(files: tuple[TensorFile, ...], tensors: Mapping[str, NamedTensor]) -> bytes:
@@ -154,13 +165,13 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     """The tensor's bytes in row-major order: its own memory where possible, else copies of at most a slice."""
     limit = _SLICE_BYTES // tensor.element_size()
     if tensor.is_contiguous() and tensor.device.type == "cpu":
-        yield _bytes(tensor)
+        yield tensor_bytes(tensor)
     elif tensor.numel() <= limit:
-        yield _bytes(tensor.cpu().contiguous())
+        yield tensor_bytes(tensor.cpu().contiguous())
     elif tensor.is_contiguous():
         flat = tensor.view(-1)
         for start in range(0, flat.numel(), limit):
-            yield _bytes(flat[start : start + limit].cpu())
+            yield tensor_bytes(flat[start : start + limit].cpu())
     elif tensor.shape[0] == 1:
         yield from _pieces(tensor[0])
     else:
@@ -169,6 +180,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
             yield from _pieces(tensor[start : start + rows])
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the host."""
     # A contiguous tensor of one element may have any stride, with which `view` refuses another dtype (torch 2.13).
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

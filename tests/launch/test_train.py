@@ -57,6 +57,7 @@ def test_the_same_bits_twice_and_in_pieces(train, tmp_path, router):
         ["router.balance=bias", "router.sets=3"],
         ["router.jitter=0.1", "router.z_loss=0.01"],
         ["precision=bf16"],
+        ["precision=fp64"],
         ["model.embedding_slots={ships: 1}", "model.qk_norm=head", "model.sparse_layers=upper:1"],
         ["micro_batch=2"],
     ],

@@ -27,6 +27,9 @@ def domain_router(sets, **changes):
     [
         ({"name": "top_k"}, "top_k needs num_experts of at least 1"),
         ({"name": "top_k", "num_experts": 0}, "top_k needs num_experts of at least 1"),
+        ({"name": "top_k", "num_experts": (4, 0)}, "top_k needs num_experts of at least 1"),
+        ({"name": "top_k", "num_experts": ()}, "top_k needs num_experts of at least 1"),
+        ({"name": "top_k", "num_experts": (4, 1)}, "top_k is 2, but there are 1 experts: lower top_k"),
         ({"name": "top_k", "num_experts": 4, "sets": 2}, "no sets"),
         ({"name": "domain_top_k"}, "domain_top_k needs sets"),
         ({"name": "rre", "sets": 2, "num_experts": 4, "top_k": 1}, "rre needs sets .* no num_experts"),
@@ -296,3 +299,16 @@ def test_huge_models_are_refused_before_they_fill_the_memory(changes, message):
 def test_the_largest_model_has_a_registry():
     registry = model(router=RouterConfig(name="top_k", num_experts=2**18)).build_registry(("a",))
     assert num_experts(registry, 3) == 2**18
+
+
+def test_layers_may_have_different_numbers_of_experts():
+    router = RouterConfig(name="top_k", num_experts=(3, 5))
+    shape = {"vocab_size": 32, "dim": 8, "num_heads": 2, "num_kv_heads": 1, "expert_dim": 8}
+    config = ModelConfig(**shape, num_layers=3, sparse_layers="upper:2", router=router)
+    registry = config.build_registry(("a", "b"))
+    assert [registry.sets(index) for index in range(2)] == [((0, 1, 2),) * 2, ((0, 1, 2, 3, 4),) * 2]
+    with pytest.raises(ValueError, match="num_experts lists 2 layers, but there are 3 sparse ones"):
+        ModelConfig(**shape, num_layers=3, router=router)
+    other = dataclasses.replace(config, router=RouterConfig(name="top_k", num_experts=(3, 4)))
+    with pytest.raises(ValueError, match="num_experts is 4, but the registry has 5 experts in layer 2"):
+        check_registry(other, registry)

