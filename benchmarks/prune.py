@@ -166,19 +166,23 @@ def _made_up(number: int, random: torch.Generator) -> LayerSums:
 
 
 def _measure(settings: PruneBenchSettings, folder: Path, progress: Progress) -> _Measured:
-    pruned, copied = folder / "pruned", folder / "copied"
-    answers: dict[bool, list[PruneAnswer]] = {True: [], False: []}
+    """Let them take turns, another one first in each round: a disk may be faster at the beginning of one."""
+    kept = folder / "kept"
+    _prune(settings, folder, kept, hash_tensors=False)
+    answers: dict[bool, list[PruneAnswer]] = {False: [], True: []}
     seconds: list[tuple[float, float]] = []
     for number in range(settings.rounds):
-        for hash_tensors, measured in answers.items():
-            if pruned.exists():
-                remove_directory(pruned)
-            measured.append(_prune(settings, folder, pruned, hash_tensors))
-        _forget(folder)
-        seconds.append(_copy(pruned, copied))
-        remove_directory(copied)
+        for turn in range(3):
+            out = folder / f"out-{number}-{turn}"
+            contender = (number + turn) % 3
+            if contender == 2:
+                _forget(folder)
+                seconds.append(_copy(kept, out))
+            else:
+                answers[bool(contender)].append(_prune(settings, folder, out, hash_tensors=bool(contender)))
+            remove_directory(out)
         progress("rounds", number + 1, settings.rounds)
-    parent, child = open_model(folder / "parent").tensors, open_model(pruned).tensors
+    parent, child = open_model(folder / "parent").tensors, open_model(kept).tensors
     sizes = [parent.num_bytes(name) for name in parent.names()]
     return _Measured(
         prune=tuple(answers[False]),
@@ -186,7 +190,7 @@ def _measure(settings: PruneBenchSettings, folder: Path, progress: Progress) -> 
         copy=tuple(seconds),
         parent=sum(sizes),
         kept=sum(map(child.num_bytes, child.names())),
-        files=sum(file.stat().st_size for file in pruned.iterdir()),
+        files=sum(file.stat().st_size for file in kept.iterdir()),
         largest=max(sizes),
     )
 

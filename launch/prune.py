@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..moe.config import num_experts
+from ..moe.data.dataset import Dataset
 from ..moe.extract import Submodel, SubmodelWriter, verify_tensors
+from ..moe.extract.unwritten import unwritten_model
 from ..moe.hf.formats import choose_format
 from ..moe.prune.budget import Kept, choose_experts, choose_subsets, model_sizes
 from ..moe.prune.criteria import random_saliency, saliency, subset_errors, weight_saliency
@@ -21,18 +23,23 @@ from ..moe.prune.plan import plan_pruned
 from ..moe.prune.prunable import check_prunable
 from ..moe.prune.report import REPORT_VERSION, describe_pruning
 from ..moe.prune.sums import CalibrationSums
+from ..moe.prune.text import CalibrationText
 from ..moe.storage.checkpoint import encode_json, write_manifest
 from ..moe.storage.durable import require_space
 from ..moe.storage.resumable import ResumableDirectory, clear_part, resumable_directory
 from ..moe.stored import PRUNING, StoredModel, open_unfinished
 from .calibration import calibration_text, collect_sums, stored_sums
 from .console import notes, print_table, progress_sink
+from .heal import Healed, check_memory, heal
 from .main import main
 from .models import check_files, open_given_model
 from .offline_ranks import OfflineRanks, offline_ranks
 from .prune_config import PruneCommand, load
+from .prune_losses import measure_losses, open_heldout, print_losses
+from .prune_report import report_page
 from .standing import standing_report
 
+_PAGE = "report.html"
 _MARGIN = 64 << 20  # bytes of what is written beside the weights, tokenizers above all
 
 
@@ -45,6 +52,7 @@ class _Choice:
     sums: CalibrationSums | None
     groups: Groups | None
     pruned: Submodel
+    healed: Healed | None = None
 
 
 def run(config: Mapping[str, object]) -> None:
@@ -59,6 +67,9 @@ def _prune(command: PruneCommand, ranks: OfflineRanks) -> None:
     with ranks.together():
         parent = _open(command, out)
         text = calibration_text(command, parent)
+        heldout = open_heldout(command, parent)
+        if command.heal and ranks.size > 1:
+            raise ValueError("heal trains in one process: start without mpirun (stats= keeps an earlier calibration)")
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     identity = ranks.from_first(lambda: model_identity(parent))
@@ -74,6 +85,9 @@ def _prune(command: PruneCommand, ranks: OfflineRanks) -> None:
         )
         if command.verify and not report["verified"]:
             raise ValueError(f"{out} holds this very pruning, made without verify: remove it or give another out=")
+        if command.evaluate > report["evaluate"]:
+            lacking = f"evaluate={command.evaluate}"
+            raise ValueError(f"{out} holds this very pruning, made without {lacking}: remove it or give another out=")
         notes().print(f"{out} holds this very pruning already")
         ranks.from_first(lambda: clear_part(out))
         print_report(report)
@@ -83,7 +97,11 @@ def _prune(command: PruneCommand, ranks: OfflineRanks) -> None:
     with ranks.together():
         choice = _choose(command, parent, sums)
         writer = _writer(command, parent, choice)
-    print_report(_write(command, parent, identity, choice, writer, ranks))
+        if command.heal:
+            assert text is not None
+            choice = replace(choice, healed=_heal(command, parent, choice, text))
+            writer = _writer(command, parent, choice)
+    print_report(_write(command, parent, identity, choice, writer, heldout, ranks))
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -91,6 +109,12 @@ def print_report(report: Mapping[str, Any]) -> None:
     notes().print(f"written as {report['format']}: {report['reason']}")
     rows = [_row(report["parent"]["name"], report["parent"]), _row("pruned", report)]
     print_table("Pruning", ["model", "format", "experts", "MB", "parameters", "active a token", "routed"], rows, left=3)
+    if report["healed"]:
+        losses = report["healed"]["losses"]
+        first, last = f"{losses[0]:.3f} on the first batch", f"{losses[-1]:.3f} on the last"
+        notes().print(f"healed in {len(losses)} steps: loss {first}, {last}")
+    if report["losses"]:
+        print_losses(report["losses"], report["healed"] and report["healed"]["losses_before"])
 
 
 def _row(title: str, part: Mapping[str, Any]) -> list[str]:
@@ -154,7 +178,20 @@ def _writer(command: PruneCommand, parent: StoredModel, choice: _Choice) -> Subm
         sigmoe_format=ours,
         max_file_bytes=command.max_file_bytes,
         hash_tensors=command.verify,
+        replaced=choice.healed.tensors if choice.healed else {},
     )
+
+
+def _heal(command: PruneCommand, parent: StoredModel, choice: _Choice, text: CalibrationText) -> Healed:
+    check_memory(choice.pruned)
+    with progress_sink(transient=True) as progress:
+        return heal(
+            unwritten_model(parent, choice.pruned),
+            text,
+            steps=command.heal,
+            lr=command.heal_lr,
+            progress=lambda done, total: progress("healing", done, total),
+        )
 
 
 def _write(
@@ -163,6 +200,7 @@ def _write(
     identity: str,
     choice: _Choice,
     writer: SubmodelWriter,
+    heldout: Dataset | None,
     ranks: OfflineRanks,
 ) -> dict[str, Any]:
     """Write the pruned model, each process its share of the files; returns the report."""
@@ -172,6 +210,7 @@ def _write(
             check_files(parent, sources={piece.source for piece in choice.pruned.pieces.values()})
     text = None if choice.sums is None else dict(choice.sums.text)
     key = {"parent": identity, "kept": choice.kept, "text": text, "verify": command.verify, **command.settings()}
+    key |= {"threads": torch.get_num_threads()} if command.heal else {}  # which the bits of training may depend on
     with _shared_directory(out, key, ranks) as directory:
         with ranks.together():
             if ranks.rank == 0:
@@ -201,13 +240,37 @@ def _write(
             saliency=choice.saliency,
             sums=choice.sums,
             groups=choice.groups,
+            healed=choice.healed.tensors if choice.healed else (),
         )
         report |= {"settings": command.settings(), "parent_checked": command.check, "verified": command.verify}
+        report |= _measured(command, parent, choice, open_unfinished(directory.root), heldout, ranks)
         with ranks.together():
             if ranks.rank == 0:
                 directory.write(PRUNING, encode_json(report))
+                directory.write(_PAGE, report_page(report))
                 write_manifest(directory, choice.pruned.pieces)
     return report
+
+
+def _measured(
+    command: PruneCommand,
+    parent: StoredModel,
+    choice: _Choice,
+    child: StoredModel,
+    heldout: Dataset | None,
+    ranks: OfflineRanks,
+) -> dict[str, Any]:
+    """Return what held-out text says of the written model, and what healing did."""
+    losses = before = None
+    if heldout is not None:
+        assert choice.sums is not None  # there is data, and it was calibrated on
+        inside, tokens = choice.sums.text["domains"], command.evaluate
+        losses = measure_losses(parent, child, heldout, inside, ranks, tokens=tokens)
+        if choice.healed:
+            unhealed = unwritten_model(parent, choice.pruned)
+            before = measure_losses(parent, unhealed, heldout, inside, ranks, tokens=tokens)
+    healed = choice.healed and {"losses": list(choice.healed.losses), "losses_before": before}
+    return {"evaluate": command.evaluate, "losses": losses, "healed": healed}
 
 
 @contextmanager

@@ -26,7 +26,10 @@ class PruneCommand:
     domain: str | tuple[str, ...] | None = None
     tokens: int = 131_072
     stats: str | None = None
+    evaluate: int = 0
     merge: bool = False
+    heal: int = 0
+    heal_lr: float = 3e-4
     format: Literal["auto", "sigmoe"] = "auto"
     file_bytes: int | str = "4GiB"
     check: bool = True
@@ -41,6 +44,11 @@ class PruneCommand:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
         if self.tokens < 1 or (self.threads is not None and self.threads < 1):
             raise ValueError(f"tokens and threads must be at least 1, got {self.tokens} and {self.threads}")
+        if self.evaluate < 0 or self.heal < 0 or not 0 < self.heal_lr < float("inf"):
+            figures = f"{self.evaluate}, {self.heal} and {self.heal_lr}"
+            raise ValueError(f"evaluate and heal must be at least 0, heal_lr above 0, got {figures}")
+        if self.heal and self.data is None:
+            raise ValueError("heal trains on the calibration text: give data=, or heal=0")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
         if self.max_file_bytes < _LEAST_FILE:
@@ -90,6 +98,8 @@ class PruneCommand:
             "global": budget.total,
             "bytes": budget.bytes,
             "merge": self.merge,
+            "heal": self.heal,
+            "heal_lr": self.heal_lr if self.heal else None,
             "format": self.format,
             "file_bytes": self.max_file_bytes,
             "seed": self.seed if self.criterion == "random" else None,

@@ -21,7 +21,11 @@ Figure = dict[str, Any]  # of plotly: data and layout
 
 
 def report_page(report: Mapping[str, Any]) -> bytes:
-    """Return the page. Equal reports give equal bytes under one version of plotly; all that they say is escaped."""
+    """Return the page. Equal reports give equal bytes under one version of plotly; all that they say is escaped.
+
+    `forecast`, where there is one, lists budgets: `kept`, the share of experts, the expected added `loss` in nats a
+    token, and the `error` of that.
+    """
     name = _text(report["parent"]["name"])
     figures = [_saliency_figure(report["layers"])]
     if "load_before" in report["layers"][0]:
@@ -91,8 +95,19 @@ def _load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _cost_figure(report: Mapping[str, Any]) -> Figure:
-    """Loss added in nats a token, by the share of experts that stay: forecast of every budget, and what was measured."""
-    data: list[dict[str, Any]] = []
+    """Loss added, in nats a token, by the share of experts that stay: the forecast, and what was measured."""
+    curve = report.get("forecast") or ()
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": "forecast, in domain",
+            "x": [100 * budget["kept"] for budget in curve],
+            "y": [budget["loss"] for budget in curve],
+            "error_y": {"type": "data", "array": [budget["error"] for budget in curve]},
+            "line": {"color": _INSIDE, "dash": "dot"},
+        }
+    ] * bool(curve)
     kept = 100 * sum(report["experts"]) / sum(report["parent"]["experts"])
     for inside, name, colour in ((True, "in domain", _INSIDE), (False, "out of domain", _OUTSIDE)):
         rows = [row for row in report.get("losses") or () if row["in_domain"] == inside]
@@ -157,15 +172,17 @@ def _models(report: Mapping[str, Any]) -> str:
 
 
 def _losses(report: Mapping[str, Any]) -> str:
+    before = (report.get("healed") or {}).get("losses_before") or ()
     rows = [
         [
             row["domain"],
-            "in domain" if row["in_domain"] else "out of domain",
+            ("in domain" if row["in_domain"] else "out of domain") + note,
             f"{row['tokens']:,}",
             *(_number(row[key]) for key in ("parent_perplexity", "pruned_perplexity", "perplexity_ratio", "kl")),
             "" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %",
         ]
-        for row in report.get("losses") or ()
+        for part, note in ((before, ", before healing"), (report.get("losses") or (), ""))
+        for row in part
     ]
     return _table("Measured on held-out text", _LOSSES, rows, numbers=6) if rows else ""
 
@@ -188,7 +205,19 @@ def _tensors(report: Mapping[str, Any]) -> str:
 
 _MODELS = ("model", "format", "experts", "MB", "parameters", "active a token")
 _LOSSES = ("domain", "", "tokens", "perplexity, parent", "perplexity, pruned", "ratio", "KL, nats", "same first choice")
-_SHOWN = ("layers", "tensors", "parent", "losses", "forecast", "parameters", "bytes", "experts", "reason", "format")
+_SHOWN = (
+    "layers",
+    "tensors",
+    "parent",
+    "losses",
+    "healed",
+    "forecast",
+    "parameters",
+    "bytes",
+    "experts",
+    "reason",
+    "format",
+)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int = 0) -> str:

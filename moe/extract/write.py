@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -47,7 +49,8 @@ class SubmodelWriter:
     """Writes all files of a submodel but report and manifest, in the format of transformers that fits, else sigmoe's.
 
     `dtype` rounds the parameters (None: as the parent has them); `sigmoe_format` asks for sigmoe's format in any case;
-    `hash_tensors` takes the hash of every tensor, beside those of the files, which costs as much time again.
+    `hash_tensors` takes the hash of every tensor, beside those of the files, which costs as much time again;
+    `replaced`, by canonical name, is written in place of what the parent has, rounded to the dtype of that.
     Several processes may share the weight files: each calls `write` with its `rank` of `size`.
     """
 
@@ -60,6 +63,7 @@ class SubmodelWriter:
         sigmoe_format: bool = False,
         max_file_bytes: int = MAX_FILE_BYTES,
         hash_tensors: bool = True,
+        replaced: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         choice = choose_format(submodel.config, submodel.registry)
         self._format = None if sigmoe_format else choice.format
@@ -67,7 +71,9 @@ class SubmodelWriter:
         self._parent, self._submodel, self._rounded = parent, submodel, dtype is not None
         self._hash_tensors = hash_tensors
         cut = cut_tensors(parent, submodel, self._format or "sigmoe", dtype)
-        self._tensors: dict[str, NamedTensor] = {name: tensor for name, (_, tensor) in cut.items()}
+        self._tensors: dict[str, NamedTensor] = {
+            name: _in_place_of(tensor, replaced.get(canonical)) for name, (canonical, tensor) in cut.items()
+        }
         self._canonical = {name: canonical for name, (canonical, _) in cut.items()}
         self._folder = "model" if self._format is None else "."
         self._files = plan_files("model", self._tensors, max_file_bytes=max_file_bytes)
@@ -173,6 +179,12 @@ def formula_bytes(submodel: Submodel, dtype: torch.dtype) -> int:
         elif config.router.balance == "bias":
             size += 4 * num_experts(registry, index)
     return size
+
+
+def _in_place_of(tensor: NamedTensor, other: Tensor | None) -> NamedTensor:
+    if other is None:
+        return tensor
+    return NamedTensor(tensor.shape, tensor.dtype, partial(other.to, tensor.dtype))
 
 
 def hash_tensor(tensor: Tensor) -> str:

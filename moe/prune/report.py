@@ -1,7 +1,7 @@
 """What a pruning reports: report.json beside the model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,13 +31,15 @@ def describe_pruning(
     saliency: Sequence[Tensor],
     sums: CalibrationSums | None,
     groups: Groups | None,
+    healed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the report as plain JSON data.
 
     By sparse layer: `kept` ids, the `saliency` of every expert (None: not finite), `merged` the groups, and of the
     calibration tokens `load_before`, each expert's share of what is routed, and `load_after`, the kept ones' shares if
     the others' tokens went to them in proportion, or with their groups. `tensors`: every tensor's SHA-256 (None: not
-    taken), and where it comes from; those without `rows` and `mean_of` are the parent's byte for byte.
+    taken), where it comes from, and whether training changed it, as it did those `healed` (canonical names); those not
+    healed and without `rows` and `mean_of` are the parent's byte for byte.
     """
     weights = [record.size for name, record in records.items() if name.endswith(".safetensors")]
     layers = [
@@ -71,6 +73,7 @@ def describe_pruning(
                 "source": tensor.source,
                 "rows": list(tensor.rows) if tensor.rows else None,
                 "mean_of": [name for name, _ in pruned.pieces[tensor.canonical].shares] or None,
+                "healed": tensor.canonical in healed,
                 "sha256": tensor.sha256,
             }
             for tensor in extraction.kept

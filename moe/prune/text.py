@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batch import IGNORED, Batch
+from ..batch import Batch
 from ..data.dataset import Dataset
 from ..data.packing import Documents, Order, Rows, epoch_order, file_order, pack
 from ..stored import StoredModel
@@ -56,7 +56,7 @@ class CalibrationText:
             pack(self.parts[part].documents, self.parts[part].order, begin, Rows(*(array[row] for array in rows)))
         return Batch(
             token_BS=torch.from_numpy(rows.token_S),
-            label_BS=torch.full((len(cuts), length), IGNORED),
+            label_BS=torch.from_numpy(rows.label_S),
             start_BS=torch.from_numpy(rows.start_S),
             domain_B=torch.tensor([self.parts[part].id for part, _ in cuts]),
             sample_B=torch.arange(len(cuts)),

@@ -12,7 +12,9 @@ from typing import NamedTuple, Self
 BytesLike = bytes | bytearray | memoryview
 
 # Pieces of this many bytes are hashed on a second thread while the first hands them to the kernel.
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
+# Handed to the kernel at a time: 8 MiB in one call take 3 s a GB of its CPU time where 1 MiB takes 0.3 (Linux 6, ext4).
+_CALL_BYTES = 1 << 20
 # Smaller writes are gathered, so that a writer fed with single tokens costs no system call a token.
 _GATHER_BYTES = 1 << 20
 # The disk is given so much at a time while the rest is still being hashed, instead of all of it at the end.
@@ -138,7 +140,7 @@ class HashingWriter:
     def _write_all(self, view: memoryview) -> None:
         with write_errors(self._path):
             while view:
-                view = view[os.write(self._descriptor, view) :]
+                view = view[os.write(self._descriptor, view[:_CALL_BYTES]) :]
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> FileRecord:

