@@ -19,7 +19,7 @@ COMMANDS = {
     "verify": "hash every file of a checkpoint, find every expert exactly once; or hash a dataset",
     "bench": "measure sigmoe beside its peers on this machine",
 }
-# What may run as several processes; the rest refuses a launcher.
+# What may run as several processes; the rest refuses launchers.
 _DISTRIBUTED = ("train",)
 _OFFLINE = ("prune",)  # by mpirun
 # Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call, `model=` as a choice of its group.
@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = find_cluster()
     except ValueError as error:
         return _told(arguments, (2, str(error)))
-    mpi = find_mpi() if cluster is None and set(arguments[:1]) & set(_OFFLINE) else None
+    mpi = find_mpi() if cluster is None else None
+    if mpi is not None and arguments and arguments[0] in COMMANDS and arguments[0] not in _OFFLINE:
+        refusal = "this command does not run under mpirun: start it without (train: with torchrun)"
+        return _told(arguments, (2, refusal if mpi.rank == 0 else None))
     if cluster is None and mpi is None:
         return _told(arguments, _guarded(arguments))
     from .cluster import leave, only_first_speaks  # torch takes a while: not for `sigmoe --help`

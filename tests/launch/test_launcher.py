@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sigmoe.launch.launcher import Cluster, find_cluster, find_mpi, torchrun_command
-from sigmoe.launch.main import main
+from sigmoe.launch.main import COMMANDS, main
 
 TORCHRUN = {
     "RANK": "3",
@@ -64,6 +64,17 @@ def test_half_a_launcher_is_one_line(monkeypatch, capfd):
     assert capfd.readouterr().err == (
         "sigmoe train: WORLD_SIZE is set, as by a launcher, but RANK is not: use torchrun, or unset WORLD_SIZE\n"
     )
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"prune"}))
+def test_commands_of_one_process_refuse_mpirun(monkeypatch, capfd, command, rank, lines):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert main([command]) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == lines
+    assert all("mpirun" in line for line in told)
 
 
 def test_the_command_starts_the_same_run_on_more_processes(monkeypatch):
