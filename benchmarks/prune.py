@@ -18,7 +18,7 @@ from ..moe.canonical import expected_shapes
 from ..moe.config import ModelConfig, RouterConfig
 from ..moe.data.progress import Progress, no_progress
 from ..moe.hf.config import hf_config
-from ..moe.prune.identity import model_identity
+from ..moe.identity import model_identity
 from ..moe.prune.sums import CalibrationSums, LayerSums, save_sums
 from ..moe.storage.checkpoint import encode_json
 from ..moe.storage.durable import durable_directory, remove_directory, require_space
@@ -82,6 +82,7 @@ def run_suite(settings: PruneBenchSettings, progress: Progress = no_progress) ->
 
     Raises WriteError where the disk has no room for them.
     """
+    load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(dir=settings.folder, prefix="sigmoe-prune-") as name:
         folder = Path(name)
         require_space(folder, 3 * 2 * sum(map(_elements, _shapes(settings).values())))
@@ -98,7 +99,8 @@ def run_suite(settings: PruneBenchSettings, progress: Progress = no_progress) ->
         columns=("contender", "s", "CPU s", "MB/s written", "of cp's rate"),
         rows=rows,
         notes=_notes(settings, measured),
-        machine=describe(("torch",)) | {"disk": _file_system(settings)},
+        machine=describe(("torch",))
+        | {"disk": _file_system(settings), "load average": _told([*load, os.getloadavg()[0]])},
         record={"settings": dataclasses.asdict(settings), "measured": dataclasses.asdict(measured)},
     )
 
@@ -251,6 +253,10 @@ def _notes(settings: PruneBenchSettings, measured: _Measured) -> tuple[str, ...]
         "ours takes the SHA-256 of every file for the manifest (verify=false), and of every tensor for the report "
         "(verify=true, which also reads all back: not counted here)",
     )
+
+
+def _told(load: Sequence[float]) -> str:
+    return " before, ".join(f"{value:.1f}" for value in load) + " after (of both contenders, and of whatever else ran)"
 
 
 def _file_system(settings: PruneBenchSettings) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..moe.extract import SubmodelWriter
+from ..moe.identity import model_identity
 from ..moe.prune.budget import Budget, choose_experts
 from ..moe.prune.criteria import saliency
-from ..moe.prune.identity import model_identity
 from ..moe.prune.plan import plan_pruned
 from ..moe.prune.report import describe_pruning
 from ..moe.prune.sums import load_sums

@@ -14,6 +14,8 @@ from ..benchmarks.generate import GenerateBenchSettings
 from ..benchmarks.generate import run_suite as run_generate
 from ..benchmarks.prune import PruneBenchSettings
 from ..benchmarks.prune import run_suite as run_prune
+from ..benchmarks.prune_quality import PruneQualitySettings
+from ..benchmarks.prune_quality import run_suite as run_prune_quality
 from ..benchmarks.router_runs import RouterBenchSettings
 from ..benchmarks.routers import run_suite as run_routers
 from ..benchmarks.table import BenchTable
@@ -31,7 +33,7 @@ from .main import main
 class BenchCommand:
     """The keys of `sigmoe bench`."""
 
-    suite: Literal["train", "tokenize", "routers", "exactness", "generate", "expert_parallel", "prune"]
+    suite: Literal["train", "tokenize", "routers", "exactness", "generate", "expert_parallel", "prune", "prune_quality"]
     train: TrainBenchSettings
     tokenize: TokenizeBenchSettings
     routers: RouterBenchSettings
@@ -39,6 +41,7 @@ class BenchCommand:
     generate: GenerateBenchSettings
     expert_parallel: ExpertParallelSettings
     prune: PruneBenchSettings
+    prune_quality: PruneQualitySettings
     out: str | None = None
 
 
@@ -61,6 +64,8 @@ def run(config: Mapping[str, object]) -> None:
                 measured = run_expert_parallel(command.expert_parallel, progress)
             case "prune":
                 measured = run_prune(command.prune, progress)
+            case "prune_quality":
+                measured = run_prune_quality(command.prune_quality, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):

@@ -1,7 +1,6 @@
 """The calibration of `sigmoe prune`: sums that an earlier one stored, or a pass of text through the model."""
 
 from pathlib import Path
-from typing import Any
 
 from ..moe.data.dataset import open_dataset
 from ..moe.prune.calibrate import Workers, calibrate
@@ -46,7 +45,7 @@ def stored_sums(command: PruneCommand, identity: str, text: CalibrationText | No
     sums = load_sums(path)
     if sums.model != identity:
         raise ValueError(f"{path} holds the sums of another model than {command.given}: give another stats=")
-    if text is not None and dict(sums.text) != _plain(text):
+    if text is not None and dict(sums.text) != dict(text.description):
         raise ValueError(
             f"{path} holds the sums of other text than data, domain, tokens, seed say: give another stats="
         )
@@ -74,7 +73,3 @@ def collect_sums(
             save_sums(path, sums)
             remove_directory(work)
     return sums
-
-
-def _plain(text: CalibrationText) -> dict[str, Any]:
-    return dict(text.description)

@@ -10,8 +10,8 @@ import torch
 
 from ..moe.canonical import expected_shapes
 from ..moe.extract import Submodel, describe, verify_tensors
+from ..moe.identity import model_identity
 from ..moe.parsing import from_mapping
-from ..moe.prune.identity import model_identity
 from ..moe.storage.checkpoint import encode_json, write_manifest
 from ..moe.storage.durable import DurableDirectory, durable_directory, require_space
 from ..moe.stored import CONVERSION, StoredModel, open_unfinished
@@ -20,7 +20,7 @@ from .convert_checks import LogitCheck, check_head, check_inherited, check_logit
 from .convert_plan import Conversion, ConvertCommand, plan_conversion
 from .main import main
 from .models import check_files, open_given_model
-from .standing import standing_report
+from .standing import check_place, standing_report
 
 REPORT_VERSION = 1
 _MARGIN = 64 << 20  # bytes of what is written beside the weights, tokenizers above all
@@ -32,8 +32,7 @@ def run(config: Mapping[str, object]) -> None:
     parent = open_given_model(command.given)
     conversion = plan_conversion(command, parent)
     out = Path(command.out).expanduser()
-    if parent.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"out={out} lies inside the model that is converted: give a place of its own")
+    check_place(out, parent)
     identity = model_identity(parent)
     if out.exists():
         report = _standing(command, conversion, out, identity)

@@ -4,7 +4,6 @@ Shape letters: B sequences, S positions, V vocabulary.
 """
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from ..moe.stored import StoredModel
 from ..moe.streaming import StreamedModel
 from .console import notes
 from .convert_plan import Conversion, ConvertCommand
+from .memory import host_memory
 
 TOLERANCE = 1e-5  # of the largest logit
 _BATCH, _LENGTH = 2, 96
@@ -57,7 +57,7 @@ def require_transformers(command: ConvertCommand, parent: StoredModel, conversio
         return
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("transformers is not installed: pip install 'sigmoe[hf]', or verify=false")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     needed = 4 * conversion.num_parameters
     if needed > memory:
         raise ValueError(

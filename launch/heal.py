@@ -4,7 +4,6 @@ The model learns to predict the text as it is (cross-entropy, not the parent's d
 used: without capacity, jitter or balance losses. Everything but gates and experts stands.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from ..moe.model import Transformer
 from ..moe.prune.text import CalibrationText
 from ..parallel.engine import OptimizerConfig
 from ..parallel.local import LocalEngine
+from .memory import host_memory
 from .schedule import ScheduleConfig, rate_ratio
 
 _SPARSE = ".block_sparse_moe."
@@ -35,7 +35,7 @@ class Healed:
 def check_memory(pruned: Submodel) -> None:
     """Raise ValueError where weights, gradients and two moments, in fp32, are more than this machine has."""
     needed = 16 * count_parameters(pruned.config, pruned.registry).total
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     if needed > memory:
         raise ValueError(
             f"heal trains the whole model: that takes {needed / 1e9:,.1f} GB, this machine has {memory / 1e9:,.1f}: "

@@ -13,12 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..moe.storage.durable import WriteError
+from ..parallel.agreement import first_error
 from .launcher import find_mpi
 
 T = TypeVar("T")
-
-_KINDS: dict[str, type[Exception]] = {"WriteError": WriteError, "ValueError": ValueError, "OSError": OSError}
 
 
 class OfflineRanks:
@@ -60,11 +58,9 @@ class OfflineRanks:
             yield
         except (ValueError, OSError) as caught:
             error = caught
-        for rank, told in enumerate(self.exchange(None if error is None else [_kind(error), str(error)])):
-            if told is not None:
-                kind, text = told
-                self.told = _KINDS[kind](text if rank == 0 else f"rank {rank}: {text}")
-                raise self.told from error
+        self.told = first_error(error, self.exchange)
+        if self.told is not None:
+            raise self.told from error
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what `make`, called by rank 0 alone, returns (plain JSON data), or raise on all what it raises."""
@@ -108,7 +104,3 @@ def offline_ranks() -> Iterator[OfflineRanks]:
             print(f"rank {ranks.rank}: {type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
             MPI.COMM_WORLD.Abort(1)
         raise
-
-
-def _kind(error: Exception) -> str:
-    return next(name for name, kind in _KINDS.items() if isinstance(error, kind))

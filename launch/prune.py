@@ -15,9 +15,9 @@ from ..moe.data.dataset import Dataset
 from ..moe.extract import Submodel, SubmodelWriter, verify_tensors
 from ..moe.extract.unwritten import unwritten_model
 from ..moe.hf.formats import choose_format
-from ..moe.prune.budget import Kept, choose_experts, choose_subsets, model_sizes
-from ..moe.prune.criteria import random_saliency, saliency, subset_errors, weight_saliency
-from ..moe.prune.identity import model_identity
+from ..moe.identity import model_identity
+from ..moe.prune.budget import Budget, Kept, choose_experts, choose_subsets, model_sizes
+from ..moe.prune.criteria import check_enumerable, random_saliency, saliency, subset_errors, weight_saliency
 from ..moe.prune.merge import Groups, group_experts, plan_merged
 from ..moe.prune.plan import plan_pruned
 from ..moe.prune.prunable import check_prunable
@@ -35,9 +35,10 @@ from .main import main
 from .models import check_files, open_given_model
 from .offline_ranks import OfflineRanks, offline_ranks
 from .prune_config import PruneCommand, load
+from .prune_forecast import Forecasts, forecast_budgets, print_forecast
 from .prune_losses import measure_losses, open_heldout, print_losses
 from .prune_report import report_page
-from .standing import standing_report
+from .standing import check_place, standing_report
 
 _PAGE = "report.html"
 _MARGIN = 64 << 20  # bytes of what is written beside the weights, tokenizers above all
@@ -50,6 +51,7 @@ class _Choice:
     kept: Kept
     saliency: tuple[Tensor, ...]
     sums: CalibrationSums | None
+    forecasts: Forecasts | None
     groups: Groups | None
     pruned: Submodel
     healed: Healed | None = None
@@ -80,14 +82,7 @@ def _prune(command: PruneCommand, ranks: OfflineRanks) -> None:
     if ranks.from_first(out.exists):
         source = sums.text if sums is not None else None if text is None else text.description
         expected = {"settings": command.settings(), "text": None if source is None else dict(source)}
-        report = ranks.from_first(
-            lambda: standing_report(out, PRUNING, version=REPORT_VERSION, parent=identity, settings=expected)
-        )
-        if command.verify and not report["verified"]:
-            raise ValueError(f"{out} holds this very pruning, made without verify: remove it or give another out=")
-        if command.evaluate > report["evaluate"]:
-            lacking = f"evaluate={command.evaluate}"
-            raise ValueError(f"{out} holds this very pruning, made without {lacking}: remove it or give another out=")
+        report = ranks.from_first(lambda: _standing(command, out, identity, expected))
         notes().print(f"{out} holds this very pruning already")
         ranks.from_first(lambda: clear_part(out))
         print_report(report)
@@ -97,11 +92,24 @@ def _prune(command: PruneCommand, ranks: OfflineRanks) -> None:
     with ranks.together():
         choice = _choose(command, parent, sums)
         writer = _writer(command, parent, choice)
+        if choice.forecasts:
+            print_forecast(choice.forecasts)
         if command.heal:
             assert text is not None
             choice = replace(choice, healed=_heal(command, parent, choice, text))
             writer = _writer(command, parent, choice)
     print_report(_write(command, parent, identity, choice, writer, heldout, ranks))
+
+
+def _standing(command: PruneCommand, out: Path, identity: str, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
+    report = standing_report(out, PRUNING, version=REPORT_VERSION, parent=identity, settings=expected)
+    if command.verify and not report["verified"]:
+        raise ValueError(f"{out} holds this very pruning, made without verify: remove it or give another out=")
+    if command.evaluate > report["evaluate"]:
+        lacking = f"evaluate={command.evaluate}"
+        raise ValueError(f"{out} holds this very pruning, made without {lacking}: remove it or give another out=")
+    return report
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -135,8 +143,9 @@ def _open(command: PruneCommand, out: Path) -> StoredModel:
         check_prunable(parent.config, parent.registry)
     except ValueError as error:
         raise ValueError(f"{parent.path} cannot be pruned: {error}") from error
-    if parent.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"out={out} lies inside the model that is pruned: give a place of its own")
+    if command.criterion == "reconstruction":
+        check_enumerable([num_experts(parent.registry, i) for i in range(len(parent.config.sparse_layer_ids))])
+    check_place(out, parent)
     return parent
 
 
@@ -153,17 +162,21 @@ def _choose(command: PruneCommand, parent: StoredModel, sums: CalibrationSums | 
         case criterion:
             assert sums is not None
             values = saliency(sums.layers, criterion)
-    if command.criterion == "reconstruction":
-        assert sums is not None
-        kept = choose_subsets([subset_errors(layer) for layer in sums.layers], command.budget, config, sizes)
-    else:
-        kept = choose_experts(values, command.budget, config, sizes)
+
+    def choose(budget: Budget) -> Kept:
+        if command.criterion == "reconstruction":
+            assert sums is not None
+            return choose_subsets([subset_errors(layer) for layer in sums.layers], budget, config, sizes)
+        return choose_experts(values, budget, config, sizes)
+
+    kept = choose(command.budget)
+    forecasts = None if sums is None else forecast_budgets(sums.layers, kept, choose)
     pruned, groups = plan_pruned(config, parent.registry, kept), None
     if command.merge:
         assert sums is not None
         groups = group_experts(sums.layers, kept)
         pruned = plan_merged(pruned, sums.layers, groups)
-    return _Choice(kept=kept, saliency=values, sums=sums, groups=groups, pruned=pruned)
+    return _Choice(kept=kept, saliency=values, sums=sums, forecasts=forecasts, groups=groups, pruned=pruned)
 
 
 def _writer(command: PruneCommand, parent: StoredModel, choice: _Choice) -> SubmodelWriter:
@@ -243,6 +256,7 @@ def _write(
             healed=choice.healed.tensors if choice.healed else (),
         )
         report |= {"settings": command.settings(), "parent_checked": command.check, "verified": command.verify}
+        report |= {"forecast": choice.forecasts}
         report |= _measured(command, parent, choice, open_unfinished(directory.root), heldout, ranks)
         with ranks.together():
             if ranks.rank == 0:

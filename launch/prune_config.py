@@ -85,7 +85,7 @@ class PruneCommand:
     @property
     def max_file_bytes(self) -> int:
         """The most that a weight file holds."""
-        return parse_bytes(self.file_bytes) if isinstance(self.file_bytes, str) else self.file_bytes
+        return parse_bytes(self.file_bytes, key="file_bytes") if isinstance(self.file_bytes, str) else self.file_bytes
 
     def settings(self) -> dict[str, Any]:
         """Return what of the keys decides the result, apart from model and calibration, as plain JSON data."""

@@ -24,6 +24,9 @@ def open_heldout(command: PruneCommand, parent: StoredModel) -> Dataset | None:
     if path is None or not path.is_dir():
         raise ValueError("evaluate needs held-out text: give data= a prepared dataset, or evaluate=0")
     dataset = open_dataset(path, check_ids=False)
+    for name in dataset.domain_names:
+        if not dataset.domain(name).heldout.num_tokens:
+            raise ValueError(f"{path}: domain {name!r} has no held-out text: prepare it with some, or evaluate=0")
     for name in dataset.domain_names if parent.needs_domain else ():
         parent.registry.id_of(name)
     return dataset

@@ -23,14 +23,14 @@ Figure = dict[str, Any]  # of plotly: data and layout
 def report_page(report: Mapping[str, Any]) -> bytes:
     """Return the page. Equal reports give equal bytes under one version of plotly; all that they say is escaped.
 
-    `forecast`, where there is one, lists budgets: `kept`, the share of experts, the expected added `loss` in nats a
-    token, and the `error` of that.
+    `forecast`, where there is one, lists budgets: `kept`, the share of experts, and the loss that is expected to be
+    `added`, in nats a token, between `low` and `high`.
     """
     name = _text(report["parent"]["name"])
     figures = [_saliency_figure(report["layers"])]
     if "load_before" in report["layers"][0]:
         figures.append(_load_figure(report["layers"]))
-    if report.get("losses") or report.get("forecast"):
+    if report["losses"] or report["forecast"]:
         figures.append(_cost_figure(report))
     places = "".join(f'<div id="figure-{number}"></div>\n' for number in range(len(figures)))
     calls = "".join(
@@ -96,21 +96,25 @@ def _load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _cost_figure(report: Mapping[str, Any]) -> Figure:
     """Loss added, in nats a token, by the share of experts that stay: the forecast, and what was measured."""
-    curve = report.get("forecast") or ()
+    curve = report["forecast"] or ()
     data: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines+markers",
             "name": "forecast, in domain",
             "x": [100 * budget["kept"] for budget in curve],
-            "y": [budget["loss"] for budget in curve],
-            "error_y": {"type": "data", "array": [budget["error"] for budget in curve]},
+            "y": [budget["added"] for budget in curve],
+            "error_y": {
+                "type": "data",
+                "array": [budget["high"] - budget["added"] for budget in curve],
+                "arrayminus": [budget["added"] - budget["low"] for budget in curve],
+            },
             "line": {"color": _INSIDE, "dash": "dot"},
         }
     ] * bool(curve)
     kept = 100 * sum(report["experts"]) / sum(report["parent"]["experts"])
     for inside, name, colour in ((True, "in domain", _INSIDE), (False, "out of domain", _OUTSIDE)):
-        rows = [row for row in report.get("losses") or () if row["in_domain"] == inside]
+        rows = [row for row in report["losses"] or () if row["in_domain"] == inside]
         for row in (row for row in rows if None not in (row["parent_loss"], row["pruned_loss"])):
             point = {"x": [kept], "y": [row["pruned_loss"] - row["parent_loss"]], "type": "scatter", "mode": "markers"}
             data.append(point | {"name": f"{_text(row['domain'])}, {name}", "marker": {"size": 11, "color": colour}})

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ..moe.storage.checkpoint import MANIFEST, read_manifest, verify_files
-from ..moe.stored import read_json
+from ..moe.stored import StoredModel, read_json
+
+
+def check_place(out: Path, parent: StoredModel) -> None:
+    """Raise ValueError where what is made of a model would lie inside it."""
+    if parent.path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"out={out} lies inside the model that is given: give a place of its own")
 
 
 def standing_report(

@@ -1,7 +1,6 @@
 """`sigmoe train`: trains a model; a run that was interrupted goes on where its newest good checkpoint stands."""
 
 import math
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from .initial import load_initial
 from .launcher import find_cluster, torchrun_command
 from .layout_costs import DTYPES, layout_note, rank_bytes
 from .main import main
+from .memory import host_memory
 from .preflight import check_alike
 from .progress import TrainProgress
 from .report import print_closing_table
@@ -150,10 +150,7 @@ def _check_launch(parallel: ParallelConfig, world: Axis) -> None:
 def _check_memory(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, processes: int) -> None:
     """Raise ValueError where not even masters, gradients and two moments fit; activations are not counted."""
     on_gpu = pick_device(config.device) == "cuda"
-    if on_gpu:
-        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else host_memory()
     total = count_parameters(config.model, registry).total
     needed = 4 * wide_dtype(DTYPES[config.precision]).itemsize * total
     if mesh.world.size > 1:

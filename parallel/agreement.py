@@ -45,10 +45,21 @@ def together(axis: Axis) -> Iterator[None]:
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    for rank, told in enumerate(exchange(None if error is None else [_kind(error), str(error)], axis)):
+    told = first_error(error, lambda data: exchange(data, axis))
+    if told is not None:
+        raise told from error
+
+
+def first_error(error: Exception | None, exchange: Callable[[Any], list[Any]]) -> Exception | None:
+    """Return the lowest rank's ValueError or OSError, its rank named, the same on all; None where no one has any.
+
+    `exchange` returns everyone's plain JSON data, by rank. All call it.
+    """
+    for rank, told in enumerate(exchange(None if error is None else [_kind(error), str(error)])):
         if told is not None:
             kind, text = told
-            raise _KINDS[kind](text if rank == 0 else f"rank {rank}: {text}") from error
+            return _KINDS[kind](text if rank == 0 else f"rank {rank}: {text}")
+    return None
 
 
 def from_first(make: Callable[[], T], axis: Axis) -> T:

@@ -98,7 +98,9 @@ def choose_experts(
     numbers = [len(value_E) for value_E in saliency]
     for layer, value_E in enumerate(saliency):
         if not bool(value_E.isfinite().all()):
-            raise ValueError(f"sparse layer {layer}: the saliency is not finite, the model's outputs overflow")
+            raise ValueError(
+                f"sparse layer {layer}: a saliency is not finite, outputs or weights overflow: try criterion=frequency"
+            )
     ranked = [torch.sort(value_E, descending=True, stable=True).indices.tolist() for value_E in saliency]
     if budget.total is None:
         counts = _counts(budget, numbers, config.router.top_k, sizes)
@@ -199,9 +201,9 @@ def _cheapest_counts(costs: Sequence[Mapping[int, float]], total: int) -> list[i
     return list(reached[total][1])
 
 
-def parse_bytes(text: str) -> int:
-    """Return the number that `text`, with a unit or without, stands for; ValueError where it is none."""
+def parse_bytes(text: str, *, key: str = "bytes") -> int:
+    """Return the number that `text`, with a unit or without, stands for; ValueError naming `key` where it is none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"bytes must be a number, with a unit if wanted (2GB, 1.5GiB), got {text!r}")
+        raise ValueError(f"{key} must be a number, with a unit if wanted (2GB, 1.5GiB), got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig, num_experts
+from ..identity import model_identity
 from ..storage.durable import require_space
 from ..stored import StoredModel
 from ..streaming import Running, StreamedModel
 from .collect import Collector
 from .criteria import check_enumerable
-from .identity import model_identity
 from .prunable import check_prunable
 from .spill import Spill
 from .sums import CalibrationSums, LayerSums

@@ -82,4 +82,7 @@ def _sums(parent_NV: Tensor, pruned_NV: Tensor, label_N: Tensor) -> Tensor:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

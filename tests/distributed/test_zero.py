@@ -1,4 +1,4 @@
-"""ZeRO in any layout trains as one process does: loss, norm, first gradients, parameters and moments."""
+"""ZeRO in any layout trains as one process does: loss, norm, first gradients and parameters; every moment is there."""
 
 import json
 import sys

@@ -25,6 +25,7 @@ def footprint_of(case, run, gradients):
     held = {
         "parameters": size([flat for zero in shared for flat in zero.bit16_groups_flat] + whole),
         "optimizer": size(masters + whole) - size(whole) + size(moments),  # a parameter may be its own master
+        # By setting: a bucket lives only while gradients are summed.
         "buckets": sum(min(zero.reduce_bucket_size, BUCKET) * masters[0].itemsize for zero in shared),
         "gradients": max(gradients),
     }

@@ -5,7 +5,6 @@
 `one` domain becomes a directory of transformers' (every operation is tried), `both` one of sigmoe's own format.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import torch
 from kill_at import fork, install
+from whole import look
 
 from sigmoe.launch.main import main
-from sigmoe.moe.storage.checkpoint import read_manifest, verify_files
-from sigmoe.moe.stored import open_model
 
 SCENARIOS = {"one": ("domain=ships", 1), "both": ("domain=[recipes,ships]", 3)}  # and every how manieth operation
 OUT = "models/cut"
@@ -48,16 +46,6 @@ def extract(folder, domain, nth):
     if code:
         sys.exit(code)
     return done
-
-
-def look(path):
-    """The hash of every file of an extraction that verifies; None where there is nothing."""
-    if not os.path.lexists(path):
-        return None
-    verify_files(path, read_manifest(path), lambda done, total: None)
-    open_model(path)
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def resume(folder, domain):

@@ -5,7 +5,6 @@
 As many KILLS fall at moments drawn among all operations, one of them at the last.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -17,10 +16,9 @@ from pathlib import Path
 import torch
 from kill_at import fork, install
 from kill_calibration import make
+from whole import look
 
 from sigmoe.launch.main import main
-from sigmoe.moe.storage.checkpoint import read_manifest, verify_files
-from sigmoe.moe.stored import open_model
 
 OUT = "models/pruned"
 SHAPE = {"dim": 64, "expert_dim": 512}  # several weight files of the least size
@@ -39,16 +37,6 @@ def prune(place, folder, nth, *keys):
     if code:
         sys.exit(code)
     return done
-
-
-def look(path):
-    """The hash of every file of a pruned model that verifies; None where there is nothing."""
-    if not os.path.lexists(path):
-        return None
-    verify_files(path, read_manifest(path), lambda done, total: None)
-    open_model(path)
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def nodes(folder):

@@ -5,14 +5,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sigmoe.launch.main import main
+from sigmoe.launch.prune_forecast import forecast_budgets
 from sigmoe.moe.canonical import expert_of
 from sigmoe.moe.config import RouterConfig
+from sigmoe.moe.prune.forecast import forecast
+from sigmoe.moe.prune.sums import load_sums
 from sigmoe.moe.storage import tensor_reader
 from sigmoe.moe.stored import open_model
 
@@ -39,7 +43,10 @@ def refused(capfd):
     def run(path, out, *keys):
         capfd.readouterr()
         assert main(["prune", f"model={path}", f"out={out}", "threads=1", *keys]) == 2
-        *_, line = capfd.readouterr().err.splitlines()
+        err = capfd.readouterr().err
+        *_, line = err.splitlines()
+        assert "Traceback" not in err
+        assert err.count("sigmoe prune: ") == 1
         assert not out.exists() or (out / "manifest.json").exists()
         return line
 
@@ -75,6 +82,20 @@ def test_it_calibrates_writes_and_knows_its_own(model, dataset, tmp_path, capfd)
     assert prune(model, out, *keys) == report and hashes(out) == before
     assert "holds this very pruning already" in capfd.readouterr().err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["half", "half-sums"]
+
+
+def test_a_forecast_comes_first(model, stats, tmp_path, capfd):
+    capfd.readouterr()
+    report = prune(model, tmp_path / "half", f"stats={stats}", "keep=0.5")
+    told = capfd.readouterr().err
+    assert told.index("forecast for text like the calibration's") < told.index("written as sigmoe")
+    layers = load_sums(stats).layers
+    kept = tuple(tuple(layer["kept"]) for layer in report["layers"])
+    budgets = report["forecast"]
+    assert [(budget["kept"], budget["chosen"]) for budget in budgets] == [(2 / 6, False), (0.5, True), (5 / 6, False)]
+    assert budgets[1] == {"kept": 0.5, "chosen": True, **asdict(forecast(layers, kept))}
+    broken = replace(layers[0], easy_ep_E=torch.full((6,), torch.nan, dtype=torch.float64))
+    assert forecast_budgets([broken, layers[1]], kept, lambda budget: kept) is None
 
 
 def test_stored_sums_serve_another_budget_without_text(model, stats, tmp_path):

@@ -67,7 +67,9 @@ def test_the_figures_show_the_report(report):
         assert before == pytest.approx([6 * share for share in layer["load_before"]])
         assert [e for e, value in enumerate(after) if value is not None] == layer["kept"]
         assert sum(value for value in after if value is not None) == pytest.approx(len(layer["kept"]))
-    points = {trace.name: (trace.x[0], trace.y[0]) for trace in cost.data}
+    forecast, *measured = cost.data
+    assert list(forecast.x) == [100 * budget["kept"] for budget in report["forecast"]]
+    points = {trace.name: (trace.x[0], trace.y[0]) for trace in measured}
     assert set(points) == {"recipes, out of domain", "ships, in domain"}
     (ships,) = (row for row in report["losses"] if row["in_domain"])
     assert points["ships, in domain"] == pytest.approx((100 * 7 / 12, ships["pruned_loss"] - ships["parent_loss"]))
@@ -85,17 +87,19 @@ def test_what_comes_from_outside_is_text(report):
 def test_layers_that_end_early_end_in_gaps(report):
     layers = [{key: layer[key] for key in ("layer", "kept", "saliency")} for layer in report["layers"]]
     layers[1] |= {"kept": [0, 1], "saliency": [3.0, 2.0, None, 1.0]}
-    (saliency,) = figures(report_page(report | {"layers": layers, "losses": None}).decode())
+    (saliency,) = figures(report_page(report | {"layers": layers, "losses": None, "forecast": None}).decode())
     assert list(saliency.data[0].z[1][:4]) == pytest.approx([1, 2 / 3, None, 1 / 3])
     assert list(saliency.data[0].z[1][4:]) == [None, None] and list(saliency.data[0].x) == list(range(6))
 
 
 def test_a_forecast_is_drawn_and_healing_is_told(report):
-    forecast = [{"kept": 0.5, "loss": 0.2, "error": 0.05}, {"kept": 1.0, "loss": 0.0, "error": 0.0}]
+    budgets = ((0.5, 0.25, 0.125, 0.5), (1.0, 0.0, 0.0, 0.0))
+    forecast = [dict(zip(("kept", "added", "low", "high"), budget)) for budget in budgets]
     healed = {"losses": [1.0], "losses_before": report["losses"]}
     page = report_page(report | {"forecast": forecast, "healed": healed}).decode()
     curve = figures(page)[2].data[0]
-    assert (list(curve.x), list(curve.y), list(curve.error_y.array)) == ([50, 100], [0.2, 0.0], [0.05, 0.0])
+    assert (list(curve.x), list(curve.y)) == ([50, 100], [0.25, 0])
+    assert (list(curve.error_y.array), list(curve.error_y.arrayminus)) == ([0.25, 0], [0.125, 0])
     assert page.count("in domain, before healing</td>") == 1
     assert page.count("out of domain, before healing</td>") == 1
 

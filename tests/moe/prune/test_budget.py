@@ -153,7 +153,7 @@ def test_what_cannot_be_is_said(keys, words):
 
 
 def test_an_infinite_saliency_is_refused():
-    with pytest.raises(ValueError, match="sparse layer 1: the saliency is not finite"):
+    with pytest.raises(ValueError, match="sparse layer 1: a saliency is not finite"):
         choose([[1.0, 2.0, 3.0], [1.0, math.inf, 3.0]], config(), keep=1.0)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sigmoe.moe.prune.identity import model_identity
+from sigmoe.moe.identity import model_identity
 from sigmoe.moe.prune.sums import CalibrationSums, LayerSums, load_sums, save_sums
 
 E = 3

@@ -4,8 +4,8 @@ import hashlib
 
 import torch
 
-from ..storage.checkpoint import MANIFEST
-from ..stored import StoredModel
+from .storage.checkpoint import MANIFEST
+from .stored import StoredModel
 
 
 def model_identity(model: StoredModel) -> str:
