@@ -17,7 +17,7 @@ from ..moe.canonical import canonical_tensors
 from ..moe.config import ModelConfig, RouterConfig
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.data.progress import Progress, no_progress
-from ..moe.extract import formula_bytes, plan_submodel, verify_domain, verify_tensors, write_submodel
+from ..moe.extract import SubmodelWriter, formula_bytes, plan_submodel, verify_domain, verify_tensors
 from ..moe.initialize import initialize
 from ..moe.model import Transformer
 from ..moe.parsing import to_mapping
@@ -155,7 +155,7 @@ def _cut_all(parent: StoredModel, dataset: Dataset, router: str, kind: str, toke
         submodel = plan_submodel(parent.config, parent.registry, [domain])
         path = parent.path.with_name(f"{parent.path.name}-{domain}")
         with durable_directory(path) as directory:
-            extraction = write_submodel(directory, parent, submodel)
+            extraction = SubmodelWriter(parent, submodel).write(directory)
         child = open_unfinished(path)
         verify_tensors(child, extraction)
         check = verify_domain(parent, child, dataset, domain, max_tokens=tokens)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..moe.batch import IGNORED, Batch
-from ..moe.config import num_experts
+from ..moe.config import layer_experts
 from ..moe.data.dataset import Dataset
 from ..moe.data.loader import heldout_batches
 from ..moe.extract import plan_submodel
@@ -145,7 +145,7 @@ class Study:
 
     @property
     def _numbers(self) -> list[int]:
-        return [num_experts(self.model.registry, index) for index in range(len(self.model.config.sparse_layer_ids))]
+        return layer_experts(self.model.config, self.model.registry)
 
     @property
     def _enumerable(self) -> bool:

@@ -69,12 +69,12 @@ def _prune(request: PruneRequest) -> None:
     pruned = plan_pruned(parent.config, parent.registry, kept)
     writer = SubmodelWriter(parent, pruned, hash_tensors=request.hash_tensors)
     with resumable_directory(Path(request.out), {"parent": identity, "kept": kept}) as directory:
-        writer.write(directory)
+        extraction = writer.write(directory)
         report = describe_pruning(
             parent,
             identity,
             pruned,
-            writer.extraction(directory),
+            extraction,
             directory.records,
             kept=kept,
             saliency=values,

@@ -1,16 +1,17 @@
 """The calibration of `sigmoe prune`: sums that an earlier one stored, or a pass of text through the model."""
 
+from functools import partial
 from pathlib import Path
 
 from ..moe.data.dataset import open_dataset
-from ..moe.prune.calibrate import Workers, calibrate
+from ..moe.prune.calibrate import calibrate
 from ..moe.prune.sums import CalibrationSums, load_sums, save_sums
 from ..moe.prune.text import CalibrationText, dataset_text, jsonl_text
 from ..moe.storage.durable import remove_directory
 from ..moe.stored import StoredModel
+from ..moe.workers import Workers
 from .console import notes, progress_sink
 from .models import check_tokenizer
-from .offline_ranks import OfflineRanks
 from .prune_config import PruneCommand
 
 
@@ -52,9 +53,7 @@ def stored_sums(command: PruneCommand, identity: str, text: CalibrationText | No
     return sums
 
 
-def collect_sums(
-    command: PruneCommand, parent: StoredModel, text: CalibrationText, ranks: OfflineRanks
-) -> CalibrationSums:
+def collect_sums(command: PruneCommand, parent: StoredModel, text: CalibrationText, ranks: Workers) -> CalibrationSums:
     """Take the text through the model and store the sums; a killed calibration goes on where it was."""
     path = stats_path(command)
     work = path.with_name(f".sigmoe-part-{path.name}")
@@ -65,8 +64,8 @@ def collect_sums(
             text,
             work,
             subsets=command.criterion == "reconstruction",
-            workers=Workers(rank=ranks.rank, size=ranks.size, gather=ranks.gather),
-            progress=lambda done, total: progress("calibrating (batches x layers)", done, total),
+            workers=ranks,
+            progress=partial(progress, "calibrating (batches x layers)"),
         )
     with ranks.together():
         if ranks.rank == 0:

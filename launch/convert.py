@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from ..moe.identity import model_identity
 from ..moe.parsing import from_mapping
 from ..moe.storage.checkpoint import encode_json, write_manifest
 from ..moe.storage.durable import DurableDirectory, durable_directory, require_space
+from ..moe.storage.shared import shared_directory
 from ..moe.stored import CONVERSION, StoredModel, open_unfinished
+from ..moe.workers import Workers
 from .console import notes, print_table, progress_sink
-from .convert_checks import LogitCheck, check_head, check_inherited, check_logits, require_transformers
+from .convert_checks import check_head, check_inherited, check_logits, require_transformers
 from .convert_plan import Conversion, ConvertCommand, plan_conversion
 from .main import main
+from .model_table import MODEL_COLUMNS, model_row
 from .models import check_files, open_given_model
-from .standing import check_place, standing_report
+from .offline_ranks import offline_ranks
+from .standing import already_there, check_place, standing_report
 
 REPORT_VERSION = 1
 _MARGIN = 64 << 20  # bytes of what is written beside the weights, tokenizers above all
@@ -28,48 +33,59 @@ _MARGIN = 64 << 20  # bytes of what is written beside the weights, tokenizers ab
 
 def run(config: Mapping[str, object]) -> None:
     """Convert as `config` says. Raises ValueError for a user's mistake, with nothing written."""
-    command = from_mapping(ConvertCommand, config)
-    parent = open_given_model(command.given)
-    conversion = plan_conversion(command, parent)
+    with offline_ranks() as ranks:
+        _convert(config, ranks)
+
+
+def _convert(config: Mapping[str, object], ranks: Workers) -> None:
+    with ranks.together():
+        command = from_mapping(ConvertCommand, config)
+        parent = open_given_model(command.given)
+        conversion = plan_conversion(command, parent)
+        out = Path(command.out).expanduser()
+        check_place(out, parent)
+    identity = ranks.from_first(lambda: model_identity(parent))
+    report = already_there(out, "conversion", partial(_standing, command, conversion, out, identity), ranks)
+    if report is None:
+        report = _make(command, parent, identity, conversion, ranks)
+    print_report(report)
+
+
+def _make(
+    command: ConvertCommand, parent: StoredModel, identity: str, conversion: Conversion, ranks: Workers
+) -> dict[str, Any]:
+    """Write the model and verify it; returns the report."""
     out = Path(command.out).expanduser()
-    check_place(out, parent)
-    identity = model_identity(parent)
-    if out.exists():
-        report = _standing(command, conversion, out, identity)
-        notes().print(f"{out} holds this very conversion already")
-        print_report(report)
-        return
-    require_transformers(command, parent, conversion)
+    with ranks.together():
+        require_transformers(command, parent, conversion)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
-    require_space(out.parent, conversion.num_bytes + _MARGIN)
+    ranks.from_first(lambda: require_space(out.parent, conversion.writer.num_bytes + _MARGIN))
     if command.check:
-        check_files(parent, sources=conversion.sources)
-    check_head(parent)
-    with durable_directory(out) as directory:
-        report = _write(directory, command, parent, conversion)
-        report["format_version"], report["parent"]["identity"] = REPORT_VERSION, identity
-        directory.write(CONVERSION, encode_json(report))
-        write_manifest(directory, expected_shapes(conversion.config, conversion.registry))
-    print_report(report)
+        check_files(parent, sources=conversion.sources, workers=ranks)
+    ranks.from_first(lambda: check_head(parent))
+    with shared_directory(ranks, durable_directory(out), DurableDirectory) as directory:
+        report = _write(directory, command, parent, identity, conversion, ranks)
+        ranks.from_first(lambda: _finish(directory, conversion, report))
+    return report
+
+
+def _finish(directory: DurableDirectory, conversion: Conversion, report: Mapping[str, Any]) -> None:
+    directory.write(CONVERSION, encode_json(report))
+    write_manifest(directory, expected_shapes(conversion.config, conversion.registry))
 
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the format and the reason for it, the table of both models, and how their logits compare."""
     notes().print(f"written as {report['format']}: {report['reason']}")
-    rows = [_row(report["parent"]["name"], report["parent"]), _row("converted", report)]
+    parts = (report["parent"]["name"], report["parent"]), ("converted", report)
+    rows = [[*model_row(title, part), "", ""] for title, part in parts]
     check = report["logits"]
     if check is not None:
         rows[1][-2:] = [f"{check['max_relative_difference']:.1g}", f"{check['tokens']:,}"]
         notes().print(f"logits compared with {check['against']}, relative to the largest")
-    columns = ["model", "format", "MB", "parameters", "active a token", "max logit difference", "tokens compared"]
+    columns = [*MODEL_COLUMNS, "max logit difference", "tokens compared"]
     print_table("Conversion", columns, rows, left=2)
-
-
-def _row(title: str, part: Mapping[str, Any]) -> list[str]:
-    count = part["parameters"]
-    size = f"{part['bytes']['tensors'] / 1e6:,.1f}"
-    return [title, part["format"], size, f"{count['total']:,}", f"{count['active']:,}", "", ""]
 
 
 def _standing(command: ConvertCommand, conversion: Conversion, out: Path, identity: str) -> dict[str, Any]:
@@ -84,32 +100,39 @@ def _standing(command: ConvertCommand, conversion: Conversion, out: Path, identi
 
 
 def _write(
-    directory: DurableDirectory, command: ConvertCommand, parent: StoredModel, conversion: Conversion
+    directory: DurableDirectory,
+    command: ConvertCommand,
+    parent: StoredModel,
+    identity: str,
+    conversion: Conversion,
+    ranks: Workers,
 ) -> dict[str, Any]:
     """Write the model and verify it; return the report. ValueError where a bit or a logit is off."""
     with progress_sink(transient=True) as progress:
-        extraction = conversion.write(directory, lambda done, total: progress("writing", done, total))
-    child, logits = open_unfinished(directory.root), None
+        extraction = conversion.writer.write(directory, workers=ranks, progress=partial(progress, "writing"))
+    logits = None
     if command.verify:
         notes().print("reading the tensors back, comparing logits")
-        verify_tensors(child, extraction)
-        logits = _compare(command, parent, child, conversion)
+        with ranks.together():
+            child = open_unfinished(directory.root)
+        verify_tensors(child, extraction, ranks)
+        logits = ranks.from_first(lambda: _compare(command, parent, child, conversion))
     written = Submodel(config=conversion.config, registry=conversion.registry, pieces={})
     return {
-        **describe(parent, written, extraction, (), directory.records),
+        **describe(parent, identity, written, extraction, (), directory.records),
         **conversion.settings,
-        "reason": conversion.reason,
         "verify": command.verify,
-        "logits": None if logits is None else asdict(logits),
+        "logits": logits,
+        "format_version": REPORT_VERSION,
     }
 
 
 def _compare(
     command: ConvertCommand, parent: StoredModel, child: StoredModel, conversion: Conversion
-) -> LogitCheck | None:
-    if conversion.inherits:
-        return check_inherited(parent, child)
-    return check_logits(parent, child, command.rounding)
+) -> dict[str, Any] | None:
+    inherits = conversion.inherits
+    check = check_inherited(parent, child) if inherits else check_logits(parent, child, command.rounding)
+    return None if check is None else asdict(check)
 
 
 if __name__ == "__main__":

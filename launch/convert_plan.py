@@ -1,6 +1,6 @@
 """What `sigmoe convert` is given, and what it will write."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +13,17 @@ from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.data.tokenizer import open_tokenizer, parse_tokenizer
 from ..moe.domains import DomainRegistry
-from ..moe.extract import Extraction, Piece, Submodel, plan_submodel, planned_bytes, write_submodel
+from ..moe.extract import Piece, Submodel, SubmodelWriter, plan_submodel
 from ..moe.hf.formats import choose_format
-from ..moe.inherit import inherited_config, inherited_registry
-from ..moe.inherited import Inheritance, inherited_tensors, write_inherited
+from ..moe.inherit_plan import inherited_config, inherited_registry
+from ..moe.inherit_write import Inheritance, InheritanceWriter
 from ..moe.parsing import to_mapping
-from ..moe.storage.durable import DurableDirectory
 from ..moe.stored import ANY_DOMAIN, StoredModel
+from .file_bytes import parse_file_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_INHERITANCE = ("domains", "dataset", "sparse_layers", "embedding_slots")
 _SIGMOE = "sigmoe"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +43,7 @@ class ConvertCommand:
     sparse_layers: str | None = None
     embedding_slots: Mapping[str, int] | None = None
     seed: int = 0
+    file_bytes: int | str = "4GiB"
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -54,6 +53,7 @@ class ConvertCommand:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
         given = [key for key in _OF_INHERITANCE if getattr(self, key) is not None]
+        self.max_file_bytes  # noqa: B018 - it validates itself
         if self.router is None and given:
             raise ValueError(f"{given[0]} says how a dense model becomes sparse: give router= too, or leave it out")
         if self.router is not None and (self.to not in ("auto", _SIGMOE) or self.dtype is not None):
@@ -72,20 +72,23 @@ class ConvertCommand:
         """What parameters are rounded to."""
         return None if self.dtype is None else _DTYPES[self.dtype]
 
+    @property
+    def max_file_bytes(self) -> int:
+        """The most that a weight file holds."""
+        return parse_file_bytes(self.file_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What will be written, and how: `write` takes the directory and hears bytes."""
+    """What will be written, and what writes it."""
 
     config: ModelConfig
     registry: DomainRegistry
     format: str  # sigmoe, or transformers' model type
-    reason: str  # for that format
     inherits: bool
-    num_bytes: int
     sources: frozenset[str]  # the parent's tensors that are read
     settings: Mapping[str, Any]  # by which the same conversion is known again
-    write: Callable[[DurableDirectory, Progress], Extraction]
+    writer: SubmodelWriter | InheritanceWriter
 
     @property
     def num_parameters(self) -> int:
@@ -100,21 +103,21 @@ def plan_conversion(command: ConvertCommand, parent: StoredModel) -> Conversion:
     to_sigmoe = command.to == _SIGMOE or (command.to == "auto" and parent.format != _SIGMOE)
     submodel = _whole(parent, to_sigmoe)
     format, reason = (_SIGMOE, "sigmoe's own format") if to_sigmoe else _fitting(command, submodel)
-
-    def write(directory: DurableDirectory, progress: Progress) -> Extraction:
-        dtype = command.rounding
-        return write_submodel(directory, parent, submodel, dtype=dtype, sigmoe_format=to_sigmoe, progress=progress)
-
     return Conversion(
         config=submodel.config,
         registry=submodel.registry,
         format=format,
-        reason=reason,
         inherits=False,
-        num_bytes=planned_bytes(parent, submodel, command.rounding),
         sources=frozenset(piece.source for piece in submodel.pieces.values()),
-        settings={"format": format, "dtype": command.dtype, "inherits": None},
-        write=write,
+        settings={"format": format, "dtype": command.dtype, "inherits": None, "file_bytes": command.max_file_bytes},
+        writer=SubmodelWriter(
+            parent,
+            submodel,
+            dtype=command.rounding,
+            sigmoe_format=to_sigmoe,
+            reason=reason,
+            max_file_bytes=command.max_file_bytes,
+        ),
     )
 
 
@@ -158,16 +161,15 @@ def _inherit(command: ConvertCommand, router: RouterConfig, parent: StoredModel)
         config=config,
         registry=plan.registry,
         format=_SIGMOE,
-        reason="every expert is a copy of its layer's FFN",
         inherits=True,
-        num_bytes=sum(tensor.num_bytes for tensor in inherited_tensors(plan).values()),
         sources=frozenset(parent.tensors.names()),
         settings={
             "format": _SIGMOE,
             "dtype": None,
             "inherits": inherits | {"dataset": None if dataset is None else dataset.digest},
+            "file_bytes": command.max_file_bytes,
         },
-        write=lambda directory, progress: write_inherited(directory, plan, progress),
+        writer=InheritanceWriter(plan, max_file_bytes=command.max_file_bytes),
     )
 
 

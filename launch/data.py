@@ -14,8 +14,10 @@ from ..moe.data.prepare import prepare
 from ..moe.data.source import Workspace
 from ..moe.data.wheel import Wheel
 from ..moe.parsing import from_mapping
+from ..moe.workers import Workers
 from .console import notes, print_table, progress_sink
 from .main import main
+from .offline_ranks import offline_ranks
 
 AnySource = Files | StandardLibrary | PackageFiles | Docstrings | Wheel
 _KINDS: dict[str, type[AnySource]] = {
@@ -52,22 +54,26 @@ class DataCommand:
 
 def run(config: Mapping[str, object]) -> None:
     """Prepare the dataset that the resolved `config` describes and print what it holds."""
-    command = from_mapping(DataCommand, config)
-    settings = command.data
-    domains = {
-        name: _sources(value, f"data.domains.{name}", settings.text_field) for name, value in settings.domains.items()
-    }
-    plain = DataConfig(**{field.name: getattr(settings, field.name) for field in fields(DataConfig)})
+    with offline_ranks() as ranks:
+        _prepare(config, ranks)
+
+
+def _prepare(config: Mapping[str, object], ranks: Workers) -> None:
+    with ranks.together():
+        command = from_mapping(DataCommand, config)
+        settings, of = command.data, command.data.text_field
+        domains = {name: _sources(value, f"data.domains.{name}", of) for name, value in settings.domains.items()}
+        plain = DataConfig(**{field.name: getattr(settings, field.name) for field in fields(DataConfig)})
     out, cache = Path(command.out).expanduser(), Path(command.cache).expanduser()
     began = time.perf_counter()
     with progress_sink() as progress:
         workspace = Workspace(cache=cache, pip_options=settings.pip_options, progress=progress)
-        made = prepare(plain, domains, out, workspace, overwrite=command.overwrite)
+        made = prepare(plain, domains, out, workspace, overwrite=command.overwrite, workers=ranks)
     if made:
         notes().print(f"{out} prepared in {time.perf_counter() - began:.1f} s")
     else:
         notes().print(f"{out} is up to date: the same settings and files made it; nothing was done")
-    _print_summary(open_dataset(out, check_ids=False), out)
+    ranks.from_first(lambda: _print_summary(open_dataset(out, check_ids=False), out))
 
 
 def _sources(value: object, path: str, text_field: str) -> tuple[AnySource, ...]:

@@ -1,7 +1,8 @@
 """What `sigmoe extract` is given, and what it checks before it writes and after."""
 
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,19 @@ import torch
 
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.data.loader import heldout_batches
-from ..moe.extract import REPORT_VERSION, Submodel, TransformersCheck, check_in_transformers
+from ..moe.extract import (
+    REPORT_VERSION,
+    DomainCheck,
+    Submodel,
+    TransformersCheck,
+    check_in_transformers,
+    verify_domain,
+)
 from ..moe.hf.formats import choose_format
 from ..moe.storage.checkpoint import load_yaml
 from ..moe.stored import EXTRACTION, StoredModel
 from .console import notes
+from .file_bytes import parse_file_bytes
 from .models import check_tokenizer
 from .standing import standing_report
 
@@ -36,9 +45,11 @@ class ExtractCommand:
     dataset: str | None = None
     check: bool = True
     transformers: bool = False
+    file_bytes: int | str = "4GiB"
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        self.max_file_bytes  # noqa: B018 - it validates itself
         if self.verify < 0 or (self.threads is not None and self.threads < 1):
             raise ValueError(f"verify must be at least 0 and threads at least 1, got {self.verify} and {self.threads}")
 
@@ -52,6 +63,16 @@ class ExtractCommand:
         """What parameters are rounded to."""
         return None if self.dtype is None else _DTYPES[self.dtype]
 
+    @property
+    def max_file_bytes(self) -> int:
+        """The most that a weight file holds."""
+        return parse_file_bytes(self.file_bytes)
+
+    def settings(self, submodel: Submodel) -> dict[str, Any]:
+        """Return by what the same extraction is known again, apart from the parent, as plain JSON data."""
+        asked = {"dtype": self.dtype, "format_asked": self.format, "file_bytes": self.max_file_bytes}
+        return {"domains": list(submodel.registry.names), **asked}
+
 
 def require_transformers(command: ExtractCommand, submodel: Submodel) -> None:
     """Raise ValueError where transformers could not read the result, or there would be no text to compare on."""
@@ -63,6 +84,28 @@ def require_transformers(command: ExtractCommand, submodel: Submodel) -> None:
         raise ValueError("transformers=true compares on held-out text: give verify= above 0")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("transformers is not installed: pip install 'sigmoe[hf]', or transformers=false")
+
+
+def check_domain(
+    command: ExtractCommand,
+    parent: StoredModel,
+    child: StoredModel,
+    dataset: Dataset,
+    name: str,
+    progress: Callable[[int, int], None],
+) -> DomainCheck:
+    """Compare both models' logits on a domain's held-out text; ValueError where a bit differs."""
+    check = verify_domain(
+        parent, child, dataset, name, max_tokens=command.verify, rounding=command.rounding, progress=progress
+    )
+    if math.isinf(check.max_abs_difference):
+        raise ValueError(f"{name}: the logits are not finite: {parent.path} holds NaN, or numbers too large")
+    if check.max_abs_difference:
+        raise ValueError(
+            f"{name}: the submodel's logits differ from its parent's by {check.max_abs_difference:g}: this is a bug in "
+            "sigmoe or a fault of the machine, nothing was kept"
+        )
+    return check
 
 
 def open_in_transformers(child: StoredModel, dataset: Dataset, domain: str) -> TransformersCheck:
@@ -80,9 +123,7 @@ def open_in_transformers(child: StoredModel, dataset: Dataset, domain: str) -> T
     return check
 
 
-def report_of_the_same(
-    command: ExtractCommand, out: Path, parent: str | None, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def report_of_the_same(command: ExtractCommand, out: Path, parent: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
     report = standing_report(out, EXTRACTION, version=REPORT_VERSION, parent=parent, settings=settings)
     if report["verify"] < command.verify or (command.transformers and "transformers" not in report):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..moe.config import ModelConfig, num_experts
+from ..moe.config import ModelConfig, layer_experts
 from ..moe.domains import DomainRegistry
 from ..moe.stored import StoredModel
 from ..parallel.agreement import together
@@ -61,7 +61,7 @@ def _facts(config: ModelConfig, registry: DomainRegistry) -> Iterator[tuple[str,
     yield "model.expert_dim", config.expert_dim
     yield "router", router.name
     if router.name == "top_k":
-        counts = [num_experts(registry, index) for index in range(len(sparse))]
+        counts = layer_experts(config, registry)
         yield "router.num_experts", counts[0] if len(set(counts)) == 1 else counts
     if router.name != "rre":
         yield "router.top_k", router.top_k

@@ -21,7 +21,7 @@ COMMANDS = {
 }
 # What may run as several processes; the rest refuses launchers.
 _DISTRIBUTED = ("train",)
-_OFFLINE = ("prune",)  # by mpirun
+_OFFLINE = ("data", "extract", "convert", "prune")  # by mpirun
 # Values that are taken as they stand: Hydra would read `prompt=def f(x):` as a call, `model=` as a choice of its group.
 _LITERAL = {"generate": ("prompt",), "convert": ("model",), "prune": ("model", "data")}
 _OPTIONS = """options:

@@ -1,11 +1,13 @@
 """The model that a command is given."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from ..moe.data.dataset import Dataset
 from ..moe.storage.checkpoint import MANIFEST, read_manifest, verify_files
 from ..moe.stored import StoredModel, open_model
+from ..moe.workers import ALONE, Workers
 from ..parallel.checkpointer import Checkpointer
 from .console import notes, progress_sink
 
@@ -20,10 +22,11 @@ def open_given_model(text: str) -> StoredModel:
     return open_model(checkpointer.path(steps[-1]) if steps else path)
 
 
-def check_files(stored: StoredModel, *, sources: Iterable[str] | None = None) -> None:
+def check_files(stored: StoredModel, *, sources: Iterable[str] | None = None, workers: Workers = ALONE) -> None:
     """Hash the files that the tensors `sources` (None: all) lie in, and the small ones beside them; a bar meanwhile.
 
-    Raises ValueError naming the first damaged one: the optimizer's state, which no model needs, is left out.
+    Each process hashes its share. Raises ValueError naming the first damaged one: the optimizer's state, which no model
+    needs, is left out.
     """
     if not (stored.path / MANIFEST).is_file():
         notes().print(f"{stored.path} has no {MANIFEST}: its files are taken as they are")
@@ -32,13 +35,10 @@ def check_files(stored: StoredModel, *, sources: Iterable[str] | None = None) ->
     weights = {stored.tensors.file(name) for name in (stored.tensors.names() if sources is None else sources)}
     # Of the small files config and registry decide what is computed.
     small = {name for name in manifest["files"] if not name.startswith("optimizer/") and Path(name).suffix != _WEIGHTS}
-    with progress_sink(transient=True) as progress:
-        verify_files(
-            stored.path,
-            manifest,
-            lambda done, total: progress(f"hashing {stored.path.name}", done, total),
-            only={str(file.relative_to(stored.path)) for file in weights} | small,
-        )
+    names = sorted({str(file.relative_to(stored.path)) for file in weights} | small)
+    with workers.together(), progress_sink(transient=True) as progress:
+        watched = partial(progress, f"hashing {stored.path.name}")
+        verify_files(stored.path, manifest, watched, only=names[workers.rank :: workers.size])
 
 
 def check_tokenizer(given: str, stored: StoredModel, dataset: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""The processes of an offline command under mpirun: what they tell each other, and that all fail together.
+"""Workers that mpirun started: what the processes of an offline command tell each other, and that all fail together.
 
 The only file that imports mpi4py, and only where mpirun started several processes. Plain data goes around as JSON in
 host memory, never pickled.
@@ -6,38 +6,36 @@ host memory, never pickled.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..moe.workers import ALONE, Workers
 from ..parallel.agreement import first_error
 from .launcher import find_mpi
 
-T = TypeVar("T")
+_NAP = 0.001  # seconds
 
 
-class OfflineRanks:
-    """This process, number `rank` of `size`. Every method is called by all, in the same order."""
+class OfflineRanks(Workers):
+    """The processes of mpirun."""
 
-    def __init__(self, communicator: Any | None) -> None:
+    def __init__(self, communicator: Any) -> None:
         self._communicator = communicator
-        self.rank: int = 0 if communicator is None else communicator.Get_rank()
-        self.size: int = 1 if communicator is None else communicator.Get_size()
+        self.rank = communicator.Get_rank()
+        self.size = communicator.Get_size()
         self.told: Exception | None = None  # what all raised together
 
     def exchange(self, data: Any) -> list[Any]:
         """Return everyone's `data`, plain JSON data, by rank."""
-        if self._communicator is None:
-            return [data]
         return [json.loads(text) for text in self._all_bytes(json.dumps(data).encode())]
 
     def gather(self, vectors: list[Tensor]) -> list[Tensor]:
         """Return everyone's float64 vectors, in the order of the ranks."""
-        if self._communicator is None:
-            return vectors
         lengths = [length for some in self.exchange([len(vector) for vector in vectors]) for length in some]
         mine = torch.cat([torch.empty(0, dtype=torch.float64), *vectors])
         everyone = b"".join(self._all_bytes(mine.numpy().tobytes()))
@@ -46,13 +44,7 @@ class OfflineRanks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block in which nobody waits for another; what it raises on one, all raise (the lowest rank's, named).
-
-        Covers ValueError and OSError.
-        """
-        if self._communicator is None:
-            yield
-            return
+        """Run a block in which nobody waits for another; what it raises on one, all raise."""
         error: Exception | None = None
         try:
             yield
@@ -62,19 +54,12 @@ class OfflineRanks:
         if self.told is not None:
             raise self.told from error
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """Return what `make`, called by rank 0 alone, returns (plain JSON data), or raise on all what it raises."""
-        made: list[T] = []
-        with self.together():
-            if self.rank == 0:
-                made.append(make())
-        result: list[T] = self.exchange(made)[0]
-        return result[0]
-
     def _all_bytes(self, mine: bytes) -> list[bytes]:
-        assert self._communicator is not None
         sizes = torch.empty(self.size, dtype=torch.int64).numpy()
-        self._communicator.Allgather(torch.tensor([len(mine)]).numpy(), sizes)
+        # Others may be at work for long: a rank that waits for them in MPI would keep a core busy.
+        arrived = self._communicator.Iallgather(torch.tensor([len(mine)]).numpy(), sizes)
+        while not arrived.Test():
+            time.sleep(_NAP)
         joined = bytearray(int(sizes.sum()))
         self._communicator.Allgatherv(mine, [joined, sizes.tolist()])
         ends = sizes.cumsum().tolist()
@@ -82,14 +67,14 @@ class OfflineRanks:
 
 
 @contextmanager
-def offline_ranks() -> Iterator[OfflineRanks]:
+def offline_ranks() -> Iterator[Workers]:
     """Yield the processes that mpirun started, or this one alone.
 
     Where one of them fails by itself, the others, who would wait for it for ever, are ended. Raises ValueError under
     mpirun without mpi4py.
     """
     if find_mpi() is None:
-        yield OfflineRanks(None)
+        yield ALONE
         return
     try:
         from mpi4py import MPI

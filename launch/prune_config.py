@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..moe.parsing import from_mapping
-from ..moe.prune.budget import Budget, parse_budget, parse_bytes
+from ..moe.prune.budget import Budget, parse_budget
 from ..moe.prune.criteria import CRITERIA, DATA_CRITERIA
-
-_LEAST_FILE = 1 << 20
+from .file_bytes import parse_file_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +50,12 @@ class PruneCommand:
             raise ValueError("heal trains on the calibration text: give data=, or heal=0")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
-        if self.max_file_bytes < _LEAST_FILE:
-            raise ValueError(f"file_bytes must be at least {_LEAST_FILE}, got {self.file_bytes}")
         if self.needs_sums and self.data is None and self.stats is None:
             reason = "merge=true" if self.criterion not in DATA_CRITERIA else f"criterion={self.criterion}"
             raise ValueError(f"{reason} needs calibration text: give data=, or stats= of an earlier calibration")
         if self.domain is not None and self.data is None:
             raise ValueError("domain names what is taken of data=: give data=, or leave domain out")
-        self.budget  # noqa: B018 - it validates itself
+        self.budget, self.max_file_bytes  # noqa: B018 - they validate themselves
 
     @property
     def given(self) -> str:
@@ -85,7 +82,7 @@ class PruneCommand:
     @property
     def max_file_bytes(self) -> int:
         """The most that a weight file holds."""
-        return parse_bytes(self.file_bytes, key="file_bytes") if isinstance(self.file_bytes, str) else self.file_bytes
+        return parse_file_bytes(self.file_bytes)
 
     def settings(self) -> dict[str, Any]:
         """Return what of the keys decides the result, apart from model and calibration, as plain JSON data."""

@@ -1,6 +1,7 @@
 """What `sigmoe prune` measures on held-out text: parent and pruned model, in and out of the calibrated domains."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.prune.measure import measure_domain
 from ..moe.stored import StoredModel
 from ..moe.streaming import RunnableModel
+from ..moe.workers import Workers
 from .console import print_table, progress_sink
-from .offline_ranks import OfflineRanks
 from .prune_config import PruneCommand
 
 
@@ -37,7 +38,7 @@ def measure_losses(
     pruned: RunnableModel,
     dataset: Dataset,
     inside: Collection[str],
-    ranks: OfflineRanks,
+    ranks: Workers,
     *,
     tokens: int,
 ) -> list[dict[str, Any]]:
@@ -45,22 +46,14 @@ def measure_losses(
 
     `in_domain` are those `inside`, whose text the experts were chosen by.
     """
-    names = dataset.domain_names
-    with ranks.together(), progress_sink(transient=True) as progress:
-        mine = [
-            measure_domain(
-                parent,
-                pruned,
-                dataset,
-                name,
-                max_tokens=tokens,
-                progress=lambda done, total, name=name: progress(f"evaluating {name}", done, total),  # type: ignore[misc]
-            ).to_json()
-            | {"in_domain": name in inside}
-            for name in names[ranks.rank :: ranks.size]
-        ]
-    shares = ranks.exchange(mine)
-    return [shares[place % ranks.size][place // ranks.size] for place in range(len(names))]
+    with progress_sink(transient=True) as progress:
+
+        def measure(name: str) -> dict[str, Any]:
+            watched = partial(progress, f"evaluating {name}")
+            loss = measure_domain(parent, pruned, dataset, name, max_tokens=tokens, progress=watched)
+            return loss.to_json() | {"in_domain": name in inside}
+
+        return ranks.spread(measure, dataset.domain_names)
 
 
 def print_losses(losses: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None) -> None:

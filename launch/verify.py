@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def find_checkpoints(path: Path, *, every: bool) -> list[Path]:
 def verify_model(path: Path, progress: Progress) -> tuple[Mapping[str, Any], StoredModel]:
     """Return the manifest and the model of a checkpoint or submodel after every check has passed."""
     manifest = read_manifest(path)
-    verify_files(path, manifest, lambda done, total: progress(f"hashing {path.name}", done, total))
+    verify_files(path, manifest, partial(progress, f"hashing {path.name}"))
     stored = open_model(path)
     check_experts(path, manifest, stored.tensors.names())
     if (path / "optimizer").is_dir():

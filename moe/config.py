@@ -193,6 +193,11 @@ def num_experts(registry: DomainRegistry, sparse_index: int) -> int:
     return 1 + max(expert for experts in registry.sets(sparse_index) for expert in experts)
 
 
+def layer_experts(config: ModelConfig, registry: DomainRegistry) -> list[int]:
+    """Number of experts of each sparse layer."""
+    return [num_experts(registry, index) for index in range(len(config.sparse_layer_ids))]
+
+
 def _sparse_ids(spec: str, num_layers: int) -> range:
     kind, _, text = spec.partition(":")
     if spec == "all":

@@ -6,7 +6,7 @@ C head width.
 
 from dataclasses import dataclass
 
-from .config import ModelConfig, num_experts
+from .config import ModelConfig, layer_experts, num_experts
 from .domains import DomainRegistry
 
 
@@ -25,8 +25,7 @@ def count_parameters(config: ModelConfig, registry: DomainRegistry) -> Parameter
     shared += (config.num_layers - len(config.sparse_layer_ids)) * 3 * d * config.dense_dim
     slot = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     total, active = shared + config.num_slots * slot, shared + slot
-    for index in range(len(config.sparse_layer_ids)):
-        experts = num_experts(registry, index)
+    for index, experts in enumerate(layer_experts(config, registry)):
         total += experts * expert + (0 if config.router.name == "rre" else experts * d)
         active += config.router.top_k * expert + _gate(config, registry, index)
     return ParameterCount(total=total, active=active)

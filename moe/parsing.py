@@ -1,6 +1,7 @@
 """Plain resolved config data <-> frozen dataclasses, strictly: what is unknown, missing or of a wrong type is named."""
 
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -8,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def from_mapping(cls: type[T], mapping: object, path: str = "") -> T:
@@ -119,3 +122,11 @@ def _describe(hint: Any) -> str:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """Return the number that `text`, with a unit or without, stands for; ValueError naming `key` where it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{key} must be a number, with a unit if wanted (2GB, 1.5GiB), got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

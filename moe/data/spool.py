@@ -1,16 +1,20 @@
 """Documents on their way: deduplicated, split by a hash of their text, cut where they are long, kept in a file.
 
-So sources run once, and what comes out is in an order keyed by the text: any stretch of it is a fair sample.
+So sources run once, and what comes out is in an order keyed by the text: any stretch of it is a fair sample. The order
+lies in a file too, so that another process can read what this one wrote.
 """
 
 import hashlib
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
+
+import numpy as np
 
 _LENGTH = struct.Struct("<Q")
+_TOLD = ("domain", "seed", "heldout_fraction", "document_bytes", "duplicates", "blank", "smallest")
 
 
 @dataclass(kw_only=True)
@@ -26,7 +30,7 @@ class DomainSpool:
     """The documents of one domain. A text that was there before is a duplicate, one without a visible character blank.
 
     A document longer than `document_bytes` is cut at line ends; its pieces stay in one split. Holds about 200 bytes a
-    document in memory, and no text.
+    document in memory until it is closed, then 8 while it is read, and no text.
     """
 
     folder: Path
@@ -76,17 +80,31 @@ class DomainSpool:
         return True
 
     def close(self) -> None:
-        """Finish writing and forget the hashes."""
+        """Finish writing and forget the documents: from now on they are read."""
         for file in self._files.values():
             file.close()
+        for split, places in self._places.items():
+            np.array([place for _, place in sorted(places)], np.int64).tofile(self._order(split))
+            places.clear()
         self._seen.clear()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what another process needs to know of a closed spool, as plain JSON data."""
+        counts = {split: asdict(count) for split, count in self.counts.items()}
+        return {name: getattr(self, name) for name in _TOLD} | {"folder": str(self.folder), "counts": counts}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the closed spool that `data` tells of; it can be read."""
+        counts = {split: SplitCount(**count) for split, count in data["counts"].items()}
+        return cls(**dict(data) | {"folder": Path(data["folder"]), "counts": counts})
 
     def texts(self, split: str, max_bytes: int | None = None) -> Iterator[str]:
         """Yield a split's documents in an order keyed by the text; with `max_bytes` until that much has gone by."""
         done = 0
         with self._path(split).open("rb") as file:
-            for _, place in sorted(self._places[split]):
-                file.seek(place)
+            for place in np.fromfile(self._order(split), np.int64):
+                file.seek(int(place))
                 data = file.read(_LENGTH.unpack(file.read(_LENGTH.size))[0])
                 done += len(data)
                 yield data.decode("utf-8")
@@ -95,6 +113,9 @@ class DomainSpool:
 
     def _path(self, split: str) -> Path:
         return self.folder / f"{self.domain}.{split}"
+
+    def _order(self, split: str) -> Path:
+        return self.folder / f"{self.domain}.{split}.order"
 
 
 def cut_document(data: bytes, limit: int | None) -> Iterator[bytes]:

@@ -10,13 +10,14 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from ..storage.durable import DurableDirectory
-from ..storage.hashing import FileRecord
+from ..storage.hashing import FileRecord, write_errors
+from ..workers import ALONE, Workers
 from .config import DataConfig
 from .dataset import FORMAT_VERSION, MANIFEST, SPLITS, TOKEN_COUNTS, TOKENIZER
 from .indexed import IndexedWriter, token_dtype
 from .progress import Progress
 from .spool import DomainSpool
-from .tokenizer import END_OF_TEXT, PADDING, encode_documents, special_id, train_tokenizer
+from .tokenizer import END_OF_TEXT, PADDING, encode_documents, parse_tokenizer, special_id, train_tokenizer
 
 _REPORT_CHARACTERS = 1 << 18
 
@@ -41,23 +42,43 @@ def write_dataset(
     directory: DurableDirectory,
     spools: Sequence[DomainSpool],
     sources: Mapping[str, Sequence[Mapping[str, Any]]],
-    tokenizer: Tokenizer,
+    tokenizer: str,
     stated: Mapping[str, Any],
     progress: Progress,
+    workers: Workers = ALONE,
 ) -> None:
-    """Write a whole dataset; dataset.json comes last. `sources` a domain and `stated` go into it as they are."""
-    directory.write(TOKENIZER, tokenizer.to_str(pretty=True).encode())
-    counts: dict[str, NDArray[np.int64]] = {}
-    domains = []
-    for number, spool in enumerate(spools):
-        splits = {}
-        for split in SPLITS:
-            splits[split], count_V = _write_split(directory, spool, split, tokenizer, progress)
-            if split == "train":
-                counts[spool.domain] = count_V
-        entry = {"name": spool.domain, "id": number, "splits": splits}
-        entry |= {"duplicates": spool.duplicates, "blank": spool.blank, "sources": sources[spool.domain]}
-        domains.append(entry)
+    """Write a whole dataset, its domains shared among the processes; dataset.json comes last, by the first of them.
+
+    `tokenizer` is the content of tokenizer.json; `sources` a domain and `stated` go into dataset.json as they are.
+    """
+    opened = parse_tokenizer(tokenizer.encode(), TOKENIZER)
+
+    def write(spool: DomainSpool) -> dict[str, Any]:
+        with write_errors(directory.root):
+            return _write_domain(directory, spool, opened, progress)
+
+    # The largest first, so that the shares are about equal.
+    ordered = sorted(spools, key=lambda spool: -spool.bytes)
+    written = dict(zip((spool.domain for spool in ordered), workers.spread(write, ordered)))
+    entries = [
+        {"name": spool.domain, "id": number, "splits": written[spool.domain]["splits"]}
+        | {"duplicates": spool.duplicates, "blank": spool.blank, "sources": sources[spool.domain]}
+        for number, spool in enumerate(spools)
+    ]
+    counts = {spool.domain: np.array(written[spool.domain]["train_V"], np.int64) for spool in spools}
+    workers.from_first(lambda: _finish(directory, tokenizer, opened, entries, counts, stated))
+
+
+def _finish(
+    directory: DurableDirectory,
+    text: str,
+    tokenizer: Tokenizer,
+    domains: Sequence[Mapping[str, Any]],
+    counts: dict[str, NDArray[np.int64]],
+    stated: Mapping[str, Any],
+) -> None:
+    """Write the files that all domains share."""
+    directory.write(TOKENIZER, text.encode())
     directory.write(TOKEN_COUNTS, save(counts))
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -86,6 +107,15 @@ def write_token_files(
     with directory.open(f"{stem}.idx") as sink:
         writer.write_index(sink)
     return writer.num_documents, count_V
+
+
+def _write_domain(
+    directory: DurableDirectory, spool: DomainSpool, tokenizer: Tokenizer, progress: Progress
+) -> dict[str, Any]:
+    """Write both splits; return their entries of dataset.json and `train_V`, the ids' numbers, as plain JSON data."""
+    written = {split: _write_split(directory, spool, split, tokenizer, progress) for split in SPLITS}
+    splits = {split: entry for split, (entry, _) in written.items()}
+    return {"splits": splits, "train_V": written["train"][1].tolist()}
 
 
 def _write_split(

@@ -2,9 +2,9 @@
 
 from .in_transformers import TransformersCheck, check_in_transformers
 from .plan import Piece, Submodel, plan_submodel
-from .report import REPORT_VERSION, describe, identity
+from .report import REPORT_VERSION, describe
 from .verify import DomainCheck, verify_domain, verify_tensors
-from .write import Extraction, SubmodelWriter, formula_bytes, planned_bytes, write_submodel
+from .write import Extraction, SubmodelWriter, formula_bytes
 
 __all__ = [
     "REPORT_VERSION",
@@ -17,10 +17,7 @@ __all__ = [
     "check_in_transformers",
     "describe",
     "formula_bytes",
-    "identity",
     "plan_submodel",
-    "planned_bytes",
     "verify_domain",
     "verify_tensors",
-    "write_submodel",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..canonical import expected_shapes, expert_of
-from ..config import ModelConfig, num_experts
+from ..config import ModelConfig, layer_experts
 from ..domains import Domain, DomainRegistry
 from ..hf.names import dense_name
 
@@ -121,7 +121,7 @@ def _sub_config(config: ModelConfig, registry: DomainRegistry, num_slots: int) -
 def _dense(submodel: Submodel) -> Submodel:
     """Return the same model without its gates, where these have nothing to choose from."""
     config, registry = submodel.config, submodel.registry
-    alone = all(num_experts(registry, index) == 1 for index in range(len(config.sparse_layer_ids)))
+    alone = set(layer_experts(config, registry)) <= {1}
     all_sparse = len(config.sparse_layer_ids) == config.num_layers
     fits = all_sparse or config.dense_dim == config.expert_dim
     if not config.sparse_layer_ids or not alone or len(registry.domains) > 1 or not fits:

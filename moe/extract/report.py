@@ -1,12 +1,10 @@
 """What an extraction reports: extraction.json beside the submodel."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from ..counts import count_parameters
-from ..storage.checkpoint import MANIFEST
 from ..storage.durable import FileRecord
 from ..stored import StoredModel
 from .plan import Submodel
@@ -18,6 +16,7 @@ REPORT_VERSION = 1
 
 def describe(
     parent: StoredModel,
+    identity: str,
     submodel: Submodel,
     extraction: Extraction,
     checks: tuple[DomainCheck, ...],
@@ -36,7 +35,7 @@ def describe(
         "reason": extraction.reason,
         "parent": {
             "name": parent.path.name,
-            "identity": identity(parent),
+            "identity": identity,
             "format": parent.format,
             "domains": len(parent.registry.domains),
             "parameters": asdict(count_parameters(parent.config, parent.registry)),
@@ -54,9 +53,3 @@ def describe(
             for kept in extraction.kept
         },
     }
-
-
-def identity(model: StoredModel) -> str | None:
-    """Return the SHA-256 of the model's manifest, which vouches for every file; None where it has none."""
-    manifest = model.path / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None

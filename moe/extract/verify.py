@@ -14,6 +14,7 @@ from ..data.dataset import Dataset
 from ..paired import paired_logits
 from ..stored import StoredModel
 from ..streaming import StreamedModel
+from ..workers import ALONE, Workers
 from .write import Extraction, hash_tensor
 
 
@@ -26,11 +27,13 @@ class DomainCheck:
     max_abs_difference: float
 
 
-def verify_tensors(child: StoredModel, extraction: Extraction) -> None:
-    """Read every tensor back; ValueError names one that is not what was kept of the parent."""
-    for tensor in extraction.kept:
-        if hash_tensor(child.tensors.read(tensor.canonical)) != tensor.sha256:
-            raise ValueError(f"{child.path}: {tensor.name} does not read back as it was written: the disk is at fault")
+def verify_tensors(child: StoredModel, extraction: Extraction, workers: Workers = ALONE) -> None:
+    """Read every tensor back, each process its share; ValueError names one that is not what was kept of the parent."""
+    with workers.together():
+        for tensor in extraction.kept[workers.rank :: workers.size]:
+            if hash_tensor(child.tensors.read(tensor.canonical)) != tensor.sha256:
+                at_fault = "does not read back as it was written: the disk is at fault"
+                raise ValueError(f"{child.path}: {tensor.name} {at_fault}")
 
 
 def verify_domain(

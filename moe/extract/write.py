@@ -9,16 +9,17 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..config import num_experts
+from ..config import layer_experts
 from ..counts import count_parameters
 from ..hf.files import write_carried, write_hf_files
 from ..hf.formats import choose_format
 from ..parsing import to_mapping
 from ..storage.checkpoint import CheckpointContent, write_documents
-from ..storage.copying import copy_tensor_file
 from ..storage.durable import DurableDirectory
-from ..storage.tensors import MAX_FILE_BYTES, NamedTensor, encode_index, natural_order, plan_files, tensor_bytes
+from ..storage.shared import TensorFiles
+from ..storage.tensors import MAX_FILE_BYTES, NamedTensor, natural_order, tensor_bytes
 from ..stored import StoredModel
+from ..workers import ALONE, Workers
 from .cut import cut_tensors
 from .plan import Submodel
 
@@ -49,9 +50,9 @@ class SubmodelWriter:
     """Writes all files of a submodel but report and manifest, in the format of transformers that fits, else sigmoe's.
 
     `dtype` rounds the parameters (None: as the parent has them); `sigmoe_format` asks for sigmoe's format in any case;
-    `hash_tensors` takes the hash of every tensor, beside those of the files, which costs as much time again;
-    `replaced`, by canonical name, is written in place of what the parent has, rounded to the dtype of that.
-    Several processes may share the weight files: each calls `write` with its `rank` of `size`.
+    `reason` is the one for the format where the caller knows a better one; `hash_tensors` takes the hash of every
+    tensor, beside those of the files, which costs as much time again; `replaced`, by canonical name, is written in
+    place of what the parent has, rounded to the dtype of that.
     """
 
     def __init__(
@@ -61,60 +62,38 @@ class SubmodelWriter:
         *,
         dtype: torch.dtype | None = None,
         sigmoe_format: bool = False,
+        reason: str | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
         hash_tensors: bool = True,
         replaced: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         choice = choose_format(submodel.config, submodel.registry)
         self._format = None if sigmoe_format else choice.format
-        self._reason = "format=sigmoe asks for it" if sigmoe_format else choice.reason
+        self._reason = reason or ("format=sigmoe asks for it" if sigmoe_format else choice.reason)
         self._parent, self._submodel, self._rounded = parent, submodel, dtype is not None
-        self._hash_tensors = hash_tensors
         cut = cut_tensors(parent, submodel, self._format or "sigmoe", dtype)
         self._tensors: dict[str, NamedTensor] = {
             name: _in_place_of(tensor, replaced.get(canonical)) for name, (canonical, tensor) in cut.items()
         }
         self._canonical = {name: canonical for name, (canonical, _) in cut.items()}
-        self._folder = "model" if self._format is None else "."
-        self._files = plan_files("model", self._tensors, max_file_bytes=max_file_bytes)
-        self.num_bytes = sum(tensor.num_bytes for tensor in self._tensors.values())
+        folder = "model" if self._format is None else "."
+        self._files = TensorFiles(folder, self._tensors, max_file_bytes=max_file_bytes, hash_tensors=hash_tensors)
+        self.num_bytes = self._files.num_bytes
         self.dtype = self._tensors["model.norm.weight"].dtype
 
     def write(
         self,
         directory: DurableDirectory,
         *,
-        rank: int = 0,
-        size: int = 1,
+        workers: Workers = ALONE,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        """Write this process's share of the weight files, and with rank 0 the small ones.
+    ) -> Extraction:
+        """Write the files, each process its share; then `directory` knows all of them on all.
 
         `progress` hears bytes written and in all, of this share. Raises ValueError for a parent without a tokenizer
         where transformers wants one, WriteError where the disk refuses.
         """
-        if rank == 0:  # first, since they may be refused
-            self._write_small_files(directory)
-        share = self._files[rank::size]
-        total = sum(self._tensors[name].num_bytes for file in share for name in file.tensors)
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
-        for file in share:
-            if self._place(file.name) in directory.finished:
-                advance(sum(self._tensors[name].num_bytes for name in file.tensors))
-            else:
-                copy_tensor_file(
-                    directory, self._folder, file, self._tensors, hash_tensors=self._hash_tensors, advance=advance
-                )
-
-    def extraction(self, directory: DurableDirectory) -> Extraction:
-        """Return what was written, when all weight files are in `directory.records`."""
-        hashes = {name: hash for file in self._files for name, hash in directory.parts[self._place(file.name)].items()}
+        hashes = self._files.write(directory, workers, partial(self._write_documents, directory), progress)
         pieces = {name: self._submodel.pieces[canonical] for name, canonical in self._canonical.items()}
         kept = tuple(
             KeptTensor(
@@ -134,10 +113,7 @@ class SubmodelWriter:
             kept=kept,
         )
 
-    def _place(self, name: str) -> str:
-        return name if self._folder == "." else f"{self._folder}/{name}"
-
-    def _write_small_files(self, directory: DurableDirectory) -> None:
+    def _write_documents(self, directory: DurableDirectory) -> None:
         parent, submodel = self._parent, self._submodel
         if self._format is None:
             write_documents(directory, _sigmoe_content(parent, submodel, self._tensors))
@@ -145,39 +121,17 @@ class SubmodelWriter:
         else:
             config, registry, rounded = submodel.config, submodel.registry, self._rounded
             write_hf_files(directory, parent, config, registry, self._format, dtype=self.dtype, rounded=rounded)
-        index = encode_index(self._files, self._tensors)
-        directory.write(self._place("model.safetensors.index.json"), index)
-
-
-def write_submodel(
-    directory: DurableDirectory,
-    parent: StoredModel,
-    submodel: Submodel,
-    *,
-    dtype: torch.dtype | None = None,
-    sigmoe_format: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Extraction:
-    """Write a submodel as `SubmodelWriter` does, in one process."""
-    writer = SubmodelWriter(parent, submodel, dtype=dtype, sigmoe_format=sigmoe_format)
-    writer.write(directory, progress=progress)
-    return writer.extraction(directory)
-
-
-def planned_bytes(parent: StoredModel, submodel: Submodel, dtype: torch.dtype | None) -> int:
-    """Return the bytes of the tensors that `write_submodel` will write."""
-    return SubmodelWriter(parent, submodel, dtype=dtype).num_bytes
 
 
 def formula_bytes(submodel: Submodel, dtype: torch.dtype) -> int:
     """Return the bytes of the weights as counted from the config: shared + sets + slots, tables and biases."""
     config, registry = submodel.config, submodel.registry
     size = count_parameters(config, registry).total * dtype.itemsize
-    for index in range(len(config.sparse_layer_ids)):
+    for experts in layer_experts(config, registry):
         if config.router.name == "rre":
             size += 4 * len(registry.domains) * config.vocab_size
         elif config.router.balance == "bias":
-            size += 4 * num_experts(registry, index)
+            size += 4 * experts
     return size
 
 

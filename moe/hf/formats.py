@@ -10,7 +10,7 @@ dense, QK-norm by head                                   Qwen3
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..config import ModelConfig, num_experts
+from ..config import ModelConfig, layer_experts, num_experts
 from ..domains import DomainRegistry
 
 HFFormat = Literal["mixtral", "qwen3_moe", "olmoe", "mistral", "qwen3"]
@@ -79,7 +79,7 @@ def _router_misfit(config: ModelConfig, registry: DomainRegistry) -> str | None:
             "random routed experts choose by a table of token ids, which transformers lacks: train with sets of one "
             "expert as wide as the dense layers (Mistral), or with router=domain_top_k (Mixtral)"
         )
-    sizes = sorted({num_experts(registry, index) for index in range(len(config.sparse_layer_ids))})
+    sizes = sorted(set(layer_experts(config, registry)))
     if len(sizes) > 1:
         return f"its layers have {sizes[0]} to {sizes[-1]} experts, transformers wants one number: give all the same"
     if router.balance == "bias":

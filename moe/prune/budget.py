@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..canonical import expert_of
 from ..config import ModelConfig
+from ..parsing import parse_bytes
 from ..stored import StoredModel
 
 Kept = tuple[tuple[int, ...], ...]  # expert ids, ascending, by sparse layer
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def parse_budget(keys: Mapping[str, Any]) -> Budget:
         keep=keys.get("keep"),
         experts=keys.get("experts"),
         total=keys.get("global"),
-        bytes=parse_bytes(target) if isinstance(target, str) else target,
+        bytes=parse_bytes(target, "bytes") if isinstance(target, str) else target,
     )
 
 
@@ -199,11 +199,3 @@ def _cheapest_counts(costs: Sequence[Mapping[int, float]], total: int) -> list[i
                     longer[used + size] = (cost + more, (*counts, size))
         reached = longer
     return list(reached[total][1])
-
-
-def parse_bytes(text: str, *, key: str = "bytes") -> int:
-    """Return the number that `text`, with a unit or without, stands for; ValueError naming `key` where it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{key} must be a number, with a unit if wanted (2GB, 1.5GiB), got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -5,17 +5,17 @@ hidden states lie in a work folder. In memory are one batch, and of the weights 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, num_experts
+from ..config import ModelConfig, layer_experts
 from ..identity import model_identity
 from ..storage.durable import require_space
 from ..stored import StoredModel
 from ..streaming import Running, StreamedModel
+from ..workers import ALONE, Workers
 from .collect import Collector
 from .criteria import check_enumerable
 from .prunable import check_prunable
@@ -24,22 +24,6 @@ from .sums import CalibrationSums, LayerSums
 from .text import CalibrationText
 
 _SPILL_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """The processes that share a calibration, of which this one is number `rank`; they share the work folder as well.
-
-    `gather` is a collective: all processes call it equally often, each with a list of float64 vectors, and each gets
-    all of them, in the order of the ranks. It must not return before all have called it.
-    """
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[list[Tensor]], list[Tensor]] = list
-
-
-ALONE = Workers()
 
 
 def calibrate(
@@ -62,7 +46,7 @@ def calibrate(
         text: what to run.
         work: the work folder; a later call with equal arguments goes on there. Remove it when the sums are saved.
         subsets: also collect `LayerSums.subset_error`, for which all tokens pass all experts: E / K times the work.
-        workers: who shares it.
+        workers: who shares it, and the work folder.
         progress: hears batches passed through a step, of all batches times all steps.
 
     Raises:
@@ -71,7 +55,7 @@ def calibrate(
         WriteError: the disk refuses.
     """
     check_prunable(model.config, model.registry)
-    experts = [num_experts(model.registry, index) for index in range(len(model.config.sparse_layer_ids))]
+    experts = layer_experts(model.config, model.registry)
     if subsets:
         check_enumerable(experts)
     run = _Calibration(model, text, work, subsets, workers)

@@ -42,10 +42,10 @@ class Collector:
         self._expert_TK, self._weight_TK = routing.expert_BSK.flatten(0, 1), routing.weight_BSK.flatten(0, 1).double()
         if not self._subsets:
             return routing
-        others = torch.ones_like(logits_BSE, dtype=torch.bool).scatter_(-1, routing.expert_BSK, False)
         B, S, E = logits_BSE.shape
-        other_BSN = others.nonzero()[:, -1].view(B, S, -1)
-        expert_BSE = torch.cat([routing.expert_BSK, other_BSN], -1)
+        others = torch.ones_like(logits_BSE, dtype=torch.bool).scatter_(-1, routing.expert_BSK, False)
+        expert_BSE = torch.cat([routing.expert_BSK, others.nonzero()[:, -1].view(B, S, -1)], -1)
+        self._order_TE = expert_BSE.flatten(0, 1)
         zero_BSN = routing.weight_BSK.new_zeros(B, S, E - routing.weight_BSK.shape[-1])
         weight_BSE = torch.cat([routing.weight_BSK, zero_BSN], -1)
         return dataclasses.replace(routing, expert_BSK=expert_BSE, weight_BSK=weight_BSE)
@@ -82,8 +82,7 @@ class Collector:
         of a token's expert outputs, which is computed once for all subsets.
         """
         T, E = self._logits_TE.shape
-        others_TN = torch.ones(T, E, dtype=torch.bool).scatter_(1, self._expert_TK, False).nonzero()[:, 1].view(T, -1)
-        row_TE = torch.empty_like(row_TN).scatter_(1, torch.cat([self._expert_TK, others_TN], 1), row_TN)
+        row_TE = torch.empty_like(row_TN).scatter_(1, self._order_TE, row_TN)
         gram_TEE = torch.empty(T, E, E, dtype=torch.float64)
         for begin in range(0, T, _CHUNK):
             output_CED = rows_RD[row_TE[begin : begin + _CHUNK]].double()

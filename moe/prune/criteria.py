@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import num_experts
+from ..config import layer_experts
 from ..keyed import keyed_uniform, seed_of
 from ..stored import StoredModel
 from .sums import MOST_ENUMERATED, LayerSums
@@ -96,13 +96,12 @@ def weight_saliency(
     At least 1; the inverse of AIMER's score, in which experts with evenly spread weights stand highest and are dropped.
     An expert of zeros has 0. One tensor is in memory at a time; `progress` hears bytes read and in all.
     """
-    sparse = model.config.sparse_layer_ids
     names = [
         [
             [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight" for matrix in ("w1", "w2", "w3")]
-            for expert in range(num_experts(model.registry, index))
+            for expert in range(number)
         ]
-        for index, layer in enumerate(sparse)
+        for layer, number in zip(model.config.sparse_layer_ids, layer_experts(model.config, model.registry))
     ]
     total = sum(model.tensors.num_bytes(name) for layer in names for expert in layer for name in expert)
     done, values = 0, []

@@ -6,7 +6,7 @@ bias. All else stays.
 
 import dataclasses
 
-from ..config import ModelConfig, num_experts
+from ..config import ModelConfig, layer_experts
 from ..domains import DomainRegistry
 from ..extract.plan import Origins, Submodel
 from .budget import Kept
@@ -41,8 +41,7 @@ def _check_kept(config: ModelConfig, registry: DomainRegistry, kept: Kept) -> No
     sparse = config.sparse_layer_ids
     if len(kept) != len(sparse):
         raise ValueError(f"kept experts are listed for {len(kept)} layers, but there are {len(sparse)} sparse ones")
-    for index, (layer, ids) in enumerate(zip(sparse, kept)):
-        number = num_experts(registry, index)
+    for layer, ids, number in zip(sparse, kept, layer_experts(config, registry)):
         if list(ids) != sorted(set(ids)) or not ids or not 0 <= ids[0] <= ids[-1] < number:
             raise ValueError(f"layer {layer}: kept ids must ascend from 0 to {number - 1} at the most, got {list(ids)}")
         if len(ids) < config.router.top_k:

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import num_experts
+from ..config import layer_experts
 from ..counts import count_parameters
-from ..domains import DomainRegistry
 from ..extract import Extraction, Submodel
 from ..storage.durable import FileRecord
 from ..stored import StoredModel
@@ -59,11 +58,11 @@ def describe_pruning(
             "name": parent.path.name,
             "identity": identity,
             "format": parent.format,
-            "experts": _experts(len(kept), parent.registry),
+            "experts": layer_experts(parent.config, parent.registry),
             "parameters": asdict(count_parameters(parent.config, parent.registry)),
             "bytes": {"tensors": sum(map(parent.tensors.num_bytes, parent.tensors.names()))},
         },
-        "experts": _experts(len(kept), pruned.registry),
+        "experts": layer_experts(pruned.config, pruned.registry),
         "parameters": asdict(count_parameters(pruned.config, pruned.registry)),
         "bytes": {"tensors": extraction.num_bytes, "files": sum(weights)},
         "text": None if sums is None else dict(sums.text),
@@ -79,10 +78,6 @@ def describe_pruning(
             for tensor in extraction.kept
         },
     }
-
-
-def _experts(layers: int, registry: DomainRegistry) -> list[int]:
-    return [num_experts(registry, index) for index in range(layers)]
 
 
 def _loads(layer: LayerSums, groups: Sequence[Sequence[int]]) -> dict[str, list[float]]:

@@ -20,9 +20,10 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .hashing import BytesLike, FileRecord, HashingWriter, WriteError, write_errors
 
@@ -75,6 +76,18 @@ class DurableDirectory:
 
     def finish(self, relative: str, record: FileRecord, parts: dict[str, str] | None) -> None:
         """Take note of a file that is whole and on the disk."""
+        self._note(relative, record, parts)
+
+    def notes(self) -> dict[str, Any]:
+        """Return the files that are whole, with their parts, as plain JSON data."""
+        return {name: [list(record), self.parts.get(name)] for name, record in self.records.items()}
+
+    def adopt(self, notes: Mapping[str, Any]) -> None:
+        """Take over what another process's `notes` say of finished files."""
+        for name, (record, parts) in notes.items():
+            self._note(name, FileRecord(*record), parts)
+
+    def _note(self, relative: str, record: FileRecord, parts: dict[str, str] | None) -> None:
         self.records[relative] = record
         if parts is not None:
             self.parts[relative] = parts

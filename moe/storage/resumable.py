@@ -28,6 +28,7 @@ from .durable import (
     write_file,
 )
 from .hashing import write_errors
+from .tensor_format import load_json
 
 _FILES = "files"
 _SETTINGS = "settings.json"
@@ -54,17 +55,8 @@ class ResumableDirectory(DurableDirectory):
         if parts is not None:
             _append(self._journal, _line(relative, record, parts))
 
-    def adopt(self, notes: Mapping[str, Any]) -> None:
-        """Take over what another process's `notes` say of finished files."""
-        for name, (record, parts) in notes.items():
-            super().finish(name, FileRecord(*record), parts)
-
-    def notes(self) -> dict[str, Any]:
-        """Return the files that are whole, with their parts, as plain JSON data."""
-        return {name: [list(record), self.parts.get(name)] for name, record in self.records.items()}
-
     def resume(self) -> None:
-        """Keep the files that are whole, delete all others."""
+        """Keep the files that are whole, delete all others. ValueError where a journal is damaged."""
         noted = _read_journals(self._journal.parent)
         whole = {name: note for name, note in noted.items() if _has_size(self.root / name, note[0][0])}
         with write_errors(self.root):
@@ -74,9 +66,10 @@ class ResumableDirectory(DurableDirectory):
         # One journal from now on: the others' last line may be torn, and nothing may be added behind that.
         lines = [_line(name, FileRecord(*record), parts) for name, (record, parts) in whole.items()]
         write_file(self._journal, b"".join(lines))
-        for other in self._journal.parent.glob("*.jsonl"):
-            if other != self._journal:
-                other.unlink()
+        with write_errors(self._journal.parent):
+            for other in self._journal.parent.glob("*.jsonl"):
+                if other != self._journal:
+                    other.unlink()
         self.adopt(whole)
         self.finished = frozenset(whole)
 
@@ -146,11 +139,11 @@ def _empty(part: Path) -> None:
     """Delete what is in the folder, the settings first: without them nothing of it counts."""
     with write_errors(part):
         (part / _SETTINGS).unlink(missing_ok=True)
-    for entry in part.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            remove_directory(entry)
-        else:
-            entry.unlink()
+        for entry in part.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                remove_directory(entry)
+            else:
+                entry.unlink()
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -168,14 +161,20 @@ def _line(name: str, record: FileRecord, parts: Mapping[str, str]) -> bytes:
 
 
 def _read_journals(folder: Path) -> dict[str, tuple[list[Any], dict[str, str]]]:
-    """Return record and parts by file; a line that a kill tore ends its journal."""
+    """Return record and parts by file; a last line that a kill tore counts for nothing.
+
+    Raises ValueError for a whole line that is none of ours: the disk, or somebody else, changed it.
+    """
     found = {}
     for journal in sorted(folder.glob("*.jsonl")):
-        for line in journal.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            entry = json.loads(line)
-            found[entry["file"]] = entry["record"], entry["parts"]
+        *lines, _ = journal.read_bytes().split(b"\n")  # the last is empty or torn
+        for number, line in enumerate(lines, 1):
+            try:
+                entry: Any = load_json(line)
+                size, hash = entry["record"]
+                found[str(entry["file"])] = [int(size), str(hash)], dict(entry["parts"])
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{journal}, line {number} is damaged: remove {folder} and begin anew") from error
     return found
 
 

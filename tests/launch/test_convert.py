@@ -271,6 +271,7 @@ MISTAKES = {
     "to=gguf": "to must be one of auto, sigmoe, mixtral, qwen3_moe, olmoe, mistral, qwen3, got 'gguf'",
     "dtype=int8": "dtype must be one of fp32, bf16, fp16, got 'int8'",
     "threads=0": "threads must be at least 1",
+    "file_bytes=many": "file_bytes must be a number, with a unit if wanted (2GB, 1.5GiB), got 'many'",
     "seed=-1": "seed must lie in [0, 2^63), got -1",
     "domains=[a]": "domains says how a dense model becomes sparse: give router= too",
     "router=top_k": "its layers are sparse already: router= makes a sparse model of a dense one",
@@ -311,5 +312,7 @@ def test_a_run_becomes_a_mixtral_with_our_tokenizer(tiny, convert, room, dataset
 def test_help_lists_every_key(capsys):
     assert main(["convert", "--help"]) == 0
     out = capsys.readouterr().out
-    for key in "model out to dtype verify check threads domains dataset sparse_layers embedding_slots seed".split():
+    for key in (
+        "model out to dtype verify check file_bytes threads domains dataset sparse_layers embedding_slots seed".split()
+    ):
         assert f"\n{key}: " in out

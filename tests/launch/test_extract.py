@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sigmoe.launch.main import main
-from sigmoe.moe.extract import identity
+from sigmoe.moe.identity import model_identity
 from sigmoe.moe.storage.checkpoint import open_checkpoint
 from sigmoe.moe.stored import load_model, open_model
 
@@ -119,7 +119,7 @@ def test_the_report_says_what_was_done(extract, trained, tmp_path):
     }
     assert report.pop("parent") == {
         "name": "step-00000003",
-        "identity": identity(parent),
+        "identity": model_identity(parent),
         "format": "sigmoe",
         "domains": 2,
         "parameters": {"total": sum(parameters(trained / STEP / "model")), "active": report["parameters"]["active"]},
@@ -127,13 +127,14 @@ def test_the_report_says_what_was_done(extract, trained, tmp_path):
     }
     assert report["parameters"]["total"] == size // 4
     assert report["checks"] == [{"domain": "ships", "tokens": 500, "max_abs_difference": 0.0}]
-    asked = {key: report[key] for key in ("format_version", "domains", "format", "dtype", "format_asked")}
+    asked = {key: report[key] for key in ("format_version", "domains", "format", "dtype", "format_asked", "file_bytes")}
     assert asked == {
         "format_version": 1,
         "domains": ["ships"],
         "format": "mixtral",
         "dtype": None,
         "format_asked": "auto",
+        "file_bytes": 4 << 30,
     }
     assert set(tensors) == set(written(tmp_path / "ships"))
     expert, gate = "model.layers.1.block_sparse_moe.experts.{}.w2.weight", "model.layers.1.block_sparse_moe.gate.weight"
@@ -226,7 +227,9 @@ def test_the_same_command_twice_does_nothing_but_tell(extract, trained, tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "ships").iterdir()} == times
 
 
-@pytest.mark.parametrize("change", ["domain=recipes", "dtype=bf16", "format=sigmoe", "checkpoint=both"])
+@pytest.mark.parametrize(
+    "change", ["domain=recipes", "dtype=bf16", "format=sigmoe", "checkpoint=both", "file_bytes=1MiB"]
+)
 def test_what_stands_there_is_not_replaced(extract, refused, trained, change):
     assert extract(f"checkpoint={trained}", "domain=[recipes,ships]", "verify=0", "out=both")[0] == 0
     command = [f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships"]
@@ -268,6 +271,7 @@ MISTAKES = {
     "verify=-1": "verify must be at least 0",
     "verify=all": "verify must be a whole number, got 'all'",
     "threads=0": "threads at least 1",
+    "file_bytes=1KB": "file_bytes must be at least 1048576, got 1KB",
     "check=1": "check must be true or false, got 1",
     "checkpoint=nowhere": "nowhere is no model: it does not exist",
     "checkpoint=.": ". is no model: it holds neither manifest.json (sigmoe) nor config.json (transformers)",
@@ -340,7 +344,7 @@ def test_a_global_gate_cannot_be_cut(refused, tiny, tmp_path):
 def test_out_inside_its_parent_is_refused(refused, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     line = refused("checkpoint=run", "domain=ships", "verify=0", f"out=run/{STEP}/ships")
-    assert "lies inside the model it is cut out of" in line
+    assert "lies inside the model that is given" in line
 
 
 def flip(path, place):
@@ -379,5 +383,5 @@ def test_check_false_takes_the_parent_as_it_is(extract, trained, tmp_path):
 def test_help_lists_every_key(extract):
     code, out, _ = extract("--help")
     assert code == 0
-    for key in ("checkpoint", "domain", "out", "format", "dtype", "verify", "dataset", "check", "threads"):
+    for key in "checkpoint domain out format dtype verify dataset check transformers file_bytes threads".split():
         assert f"\n{key}: " in out

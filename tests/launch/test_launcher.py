@@ -67,7 +67,7 @@ def test_half_a_launcher_is_one_line(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"prune"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"data", "extract", "convert", "prune"}))
 def test_commands_of_one_process_refuse_mpirun(monkeypatch, capfd, command, rank, lines):
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")

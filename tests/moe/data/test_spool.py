@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
@@ -93,3 +94,11 @@ def test_pieces_of_a_document_stay_in_one_split(tmp_path: Path) -> None:
     owners = {split: {text.split()[0] for text in spool.texts(split)} for split in ("train", "heldout")}
     assert owners["train"] & owners["heldout"] == set()
     assert sum(count.documents for count in spool.counts.values()) > 80
+
+
+def test_another_process_reads_the_same(tmp_path: Path) -> None:
+    spool = spool_of(tmp_path, [f"text {number}" for number in range(60)] + ["text 7", " "], 0.3)
+    again = DomainSpool.from_json(json.loads(json.dumps(spool.to_json())))
+    assert read(again) == read(spool) and len(read(spool)["train"]) > 20
+    assert (again.counts, again.bytes, again.smallest) == (spool.counts, spool.bytes, spool.smallest)
+    assert (again.duplicates, again.blank) == (1, 1)

@@ -10,7 +10,7 @@ import torch
 
 from sigmoe.moe.canonical import canonical_tensors
 from sigmoe.moe.config import ModelConfig
-from sigmoe.moe.extract import Extraction, Submodel, plan_submodel, write_submodel
+from sigmoe.moe.extract import Extraction, Submodel, SubmodelWriter, plan_submodel
 from sigmoe.moe.initialize import initialize
 from sigmoe.moe.model import Transformer
 from sigmoe.moe.parsing import to_mapping
@@ -99,7 +99,7 @@ def cut(folder):
     def run(parent, *domains, **options):
         plan, path = plan_submodel(parent.config, parent.registry, domains), folder() / "submodel"
         with durable_directory(path) as directory:
-            extraction = write_submodel(directory, parent, plan, **options)
+            extraction = SubmodelWriter(parent, plan, **options).write(directory)
         return Cut(plan, extraction, open_unfinished(path))
 
     return run

@@ -10,10 +10,11 @@ import torch
 from sigmoe.moe.canonical import expert_of
 from sigmoe.moe.data.dataset import open_dataset
 from sigmoe.moe.prune.budget import choose_experts, choose_subsets, parse_budget
-from sigmoe.moe.prune.calibrate import Workers, calibrate
+from sigmoe.moe.prune.calibrate import calibrate
 from sigmoe.moe.prune.criteria import DATA_CRITERIA, saliency, subset_errors
 from sigmoe.moe.prune.sums import save_sums
 from sigmoe.moe.prune.text import dataset_text, jsonl_text
+from sigmoe.moe.workers import Workers
 
 MODELS = ("mixtral", "mixtral tied", "qwen3_moe", "olmoe")
 TOLERANCE = 1e-6
@@ -179,16 +180,17 @@ def test_workers_get_the_bits_of_one(hf_model, jsonl, tmp_path):
     barrier, slots, results = threading.Barrier(size), [None] * size, [None] * size
 
     def work(rank):
-        def gather(mine):
-            slots[rank] = mine
-            barrier.wait(60)
-            gathered = [vector for slot in slots for vector in slot]
-            barrier.wait(60)
-            return gathered
+        class Threads(Workers):
+            def gather(self, vectors):
+                slots[rank] = vectors
+                barrier.wait(60)
+                gathered = [vector for slot in slots for vector in slot]
+                barrier.wait(60)
+                return gathered
 
-        results[rank] = calibrate(
-            model, text, tmp_path / "shared", workers=Workers(rank=rank, size=size, gather=gather)
-        )
+        workers = Threads()
+        workers.rank, workers.size = rank, size
+        results[rank] = calibrate(model, text, tmp_path / "shared", workers=workers)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:

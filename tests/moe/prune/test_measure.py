@@ -1,5 +1,7 @@
 """Losses of parent and pruned model against transformers on the very tokens; a model against itself; before writing."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,10 +10,11 @@ from sigmoe.moe.data.dataset import open_dataset
 from sigmoe.moe.data.loader import heldout_batches
 from sigmoe.moe.extract import SubmodelWriter
 from sigmoe.moe.extract.unwritten import unwritten_model
-from sigmoe.moe.prune.measure import measure_domain
+from sigmoe.moe.prune.measure import PruningLoss, measure_domain
 from sigmoe.moe.prune.merge import plan_merged
 from sigmoe.moe.prune.plan import plan_pruned
 from sigmoe.moe.prune.sums import LayerSums
+from sigmoe.moe.storage.checkpoint import encode_json
 from sigmoe.moe.storage.durable import durable_directory
 from sigmoe.moe.stored import open_unfinished
 
@@ -80,3 +83,11 @@ def test_an_unwritten_model_has_the_tensors_that_are_written(hf_model, tmp_path)
         tensor = torch.full(shape, torch.nan)
         unwritten.tensors.read_into(name, tensor)
         assert torch.equal(tensor, written.tensors.read(name).float()), name
+
+
+def test_a_perplexity_beyond_all_numbers_is_none():
+    figures = {"parent_loss": 1.0, "pruned_loss": 800.0, "kl": 799.0, "agreement": 0.0}
+    told = PruningLoss(domain="law", tokens=3, **figures).to_json()
+    assert (told["pruned_perplexity"], told["perplexity_ratio"]) == (None, None)
+    assert figures.items() <= told.items() and told["parent_perplexity"] == pytest.approx(2.718281828)
+    assert json.loads(encode_json(told)) == told

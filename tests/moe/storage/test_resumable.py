@@ -112,3 +112,16 @@ def test_what_nobody_will_finish_is_cleared(tmp_path):
     clear_part(tmp_path / "out")
     assert not part.exists() and not any(tmp_path.iterdir())
     clear_part(tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", [b"", b"\0" * 9, b"{}", b"[1]", b'{"file": "c", "record": [1], "parts": {}}', b'"\r"'])
+def test_a_damaged_journal_is_told_apart_from_a_torn_one(tmp_path, line):
+    part = write_some(tmp_path / "out")
+    journal = part / "0.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + line + b"\n")
+    with pytest.raises(ValueError, match=r"0\.jsonl, line 3 is damaged: remove .*\.sigmoe-part-out and begin anew"):
+        resumable_directory(tmp_path / "out", KEY).__enter__()
+    journal.write_bytes(whole)
+    with resumable_directory(tmp_path / "out", KEY) as directory:
+        assert directory.finished == {"a.bin", "sub/b.bin"}

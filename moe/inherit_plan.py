@@ -72,7 +72,7 @@ def inherited_registry(config: ModelConfig, names: tuple[str, ...]) -> DomainReg
     return config.build_registry(names)
 
 
-def plan_inheritance(config: ModelConfig, registry: DomainRegistry) -> dict[str, str | None]:
+def inherited_sources(config: ModelConfig, registry: DomainRegistry) -> dict[str, str | None]:
     """Return where each tensor of the sparse model comes from: the parent's tensor of that name, or None: it is new."""
     return {name: _source(name) for name in expected_shapes(config, registry)}
 
