@@ -6,9 +6,9 @@ The loss added is then about `_SCALE` x^`_POWER`.
 
 The constants were fitted to two models of 4 layers of 8 experts. On a third one the forecast of a perplexity was off by
 3, 9 and 28 points of its ratio on average at 25, 50 and 75 % pruned, on one of 16 experts by 5, 16 and 44
-(`suite=prune_quality`, benchmarks/results/prune-quality.md). All four were trained alike, on 0.5 million tokens: what it
-is worth for large models nobody has measured. It tells a harmless budget from a ruinous one; which of two criteria is
-better it cannot tell. It is about text like the calibration's, without merging and healing.
+(`suite=prune_quality`, benchmarks/results/prune-quality.md). All four were trained alike, on 0.5 million tokens: what
+this is worth for large models nobody has measured. It tells a harmless budget from a ruinous one, not which of two
+criteria is better. It is about text like the calibration's, without merging and healing.
 
 Shape letters: E experts.
 """
