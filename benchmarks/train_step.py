@@ -30,12 +30,17 @@ class StepShape:
     sequence_length: int  # tokens a sequence
     rank: int = 0  # of the processes that share the batch out
     ranks: int = 1
+    domains: tuple[str, ...] = ("text",)  # in turn, a sequence each
 
     def tokens(self) -> torch.Tensor:
         """Return this process's even share of the batch, int64 [B, S]: random ids, the batch the same everywhere."""
         generator = torch.Generator().manual_seed(0)
         token_BS = torch.randint(self.model.vocab_size, (self.batch, self.sequence_length), generator=generator)
         return token_BS.chunk(self.ranks)[self.rank]
+
+    def domain_ids(self) -> torch.Tensor:
+        """Return the domains of this process's sequences, int64 [B]."""
+        return (torch.arange(self.batch) % len(self.domains)).chunk(self.ranks)[self.rank]
 
 
 def build_step(contender: str, shape: StepShape) -> Step:
@@ -47,9 +52,14 @@ def build_step(contender: str, shape: StepShape) -> Step:
 
 
 def _sigmoe_step(shape: StepShape) -> Step:
-    model = Transformer(shape.model, shape.model.build_registry(("text",)))
+    return engine_step(*build_local(shape), shape)
+
+
+def build_local(shape: StepShape) -> tuple[Transformer, LocalEngine]:
+    """Return the model and its engine, in one process."""
+    model = Transformer(shape.model, shape.model.build_registry(shape.domains))
     initialize(model, 0)
-    return engine_step(model, LocalEngine(model, OPTIMIZER), shape)
+    return model, LocalEngine(model, OPTIMIZER)
 
 
 def engine_step(model: Transformer, engine: TrainEngine, shape: StepShape) -> Step:
@@ -69,7 +79,7 @@ def loss_function(model: Transformer, shape: StepShape) -> Callable[[int], torch
     """Return a function from the step's number to this process's part of the batch's mean loss, balance included."""
     router, token_BS = shape.model.router, shape.tokens()
     label_BS = torch.nn.functional.pad(token_BS[:, 1:], (0, 1), value=IGNORED)
-    start_BS, domain_B = torch.zeros_like(token_BS), torch.zeros(len(token_BS), dtype=torch.int64)
+    start_BS, domain_B = torch.zeros_like(token_BS), shape.domain_ids()
     labels = shape.batch * (shape.sequence_length - 1)
 
     def loss_of(number: int) -> torch.Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..benchmarks.compile import CompileSettings
+from ..benchmarks.compile import run_suite as run_compile
 from ..benchmarks.exactness import ExactnessSettings
 from ..benchmarks.exactness import run_suite as run_exactness
 from ..benchmarks.expert_parallel import ExpertParallelSettings
@@ -18,6 +20,8 @@ from ..benchmarks.prune_quality import PruneQualitySettings
 from ..benchmarks.prune_quality import run_suite as run_prune_quality
 from ..benchmarks.router_runs import RouterBenchSettings
 from ..benchmarks.routers import run_suite as run_routers
+from ..benchmarks.save import SaveBenchSettings
+from ..benchmarks.save import run_suite as run_save
 from ..benchmarks.table import BenchTable
 from ..benchmarks.tokenize import TokenizeBenchSettings
 from ..benchmarks.tokenize import run_suite as run_tokenize
@@ -33,7 +37,18 @@ from .main import main
 class BenchCommand:
     """The keys of `sigmoe bench`."""
 
-    suite: Literal["train", "tokenize", "routers", "exactness", "generate", "expert_parallel", "prune", "prune_quality"]
+    suite: Literal[
+        "train",
+        "tokenize",
+        "routers",
+        "exactness",
+        "generate",
+        "expert_parallel",
+        "prune",
+        "prune_quality",
+        "save",
+        "compile",
+    ]
     train: TrainBenchSettings
     tokenize: TokenizeBenchSettings
     routers: RouterBenchSettings
@@ -42,6 +57,8 @@ class BenchCommand:
     expert_parallel: ExpertParallelSettings
     prune: PruneBenchSettings
     prune_quality: PruneQualitySettings
+    save: SaveBenchSettings
+    compile: CompileSettings
     out: str | None = None
 
 
@@ -66,6 +83,10 @@ def run(config: Mapping[str, object]) -> None:
                 measured = run_prune(command.prune, progress)
             case "prune_quality":
                 measured = run_prune_quality(command.prune_quality, progress)
+            case "save":
+                measured = run_save(command.save, progress)
+            case "compile":
+                measured = run_compile(command.compile, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):

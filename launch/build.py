@@ -18,6 +18,7 @@ from ..parallel.local import LocalEngine
 from ..parallel.mesh import Axis, Mesh, single_mesh
 from ..parallel.recompute import apply_recompute
 from ..parallel.shards import Sharding
+from .kernel_choice import choose_backends
 from .layout_costs import DTYPES
 from .train_config import TrainConfig
 
@@ -45,15 +46,16 @@ def build_model(
     config: TrainConfig, registry: DomainRegistry, dataset: Dataset, mesh: Mesh, device: torch.device
 ) -> Transformer:
     """Return this rank's part of the model, initial weights drawn, route tables filled from the dataset's counts."""
+    backends = choose_backends(config, device)
     model: Transformer
     if mesh.world.size == 1:
         with torch.device(device):
-            model = Transformer(config.model, registry)
+            model = Transformer(config.model, registry, backends)
         initialize(model, config.seed)
         apply_recompute(model, config.parallel.recompute)
     else:
         model = _module("parallelize").parallelize(
-            config.model, registry, mesh, config.parallel, seed=config.seed, device=device
+            config.model, registry, mesh, config.parallel, seed=config.seed, device=device, backends=backends
         )
     if config.model.router.name == "rre":
         counts = {name: dataset.token_counts(name) for name in dataset.domain_names}

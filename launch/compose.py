@@ -1,11 +1,13 @@
 """Hydra: a command's config file and the user's overrides -> plain resolved data. The only file that knows Hydra."""
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -43,6 +45,33 @@ def compose_command(command: str, overrides: list[str], config_dir: str | None =
         raise ValueError(_one_line(command, overrides, error)) from error
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def sweep_points(command: str, overrides: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the overrides of one value, and those that each point of a sweep adds to them.
+
+    `lr=1,2 seed=range(3)` has six points, the last key changing fastest; without a key of several values there is
+    none. Raises ValueError in one line.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        fixed, swept = list[str](), list[list[str]]()
+        for text, override in zip(overrides, parsed):
+            if not override.is_sweep_override():
+                fixed.append(text)
+            elif override.is_discrete_sweep():
+                key = override.get_key_element()
+                swept.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            else:
+                raise ValueError(f"{text!r} has no end of values: write them out, or as range(first,beyond,step)")
+    except HydraException as error:
+        raise ValueError(_one_line(command, overrides, error)) from error
+    return fixed, [list(point) for point in itertools.product(*swept)] if swept else []
+
+
+def quoted_override(key: str, value: str) -> str:
+    """Return the override that sets `key` to `value` as it stands."""
+    return f"{key}='{_escaped(value)}'"
 
 
 def describe_command(command: str) -> str:

@@ -2,6 +2,7 @@
 
 from ..moe.parsing import parse_bytes
 
+DEFAULT_FILE_BYTES = "4GiB"
 _LEAST = 1 << 20
 
 

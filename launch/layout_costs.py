@@ -5,7 +5,7 @@ Shape letters: E experts, N domains.
 
 import torch
 
-from ..moe.config import num_experts
+from ..moe.config import layer_experts
 from ..moe.domains import DomainRegistry
 from ..parallel.costs import Footprint, footprint
 from ..parallel.mesh import Mesh
@@ -44,7 +44,7 @@ def loop_traffic(config: TrainConfig, registry: DomainRegistry, mesh: Mesh) -> T
     if mesh.dp.size == 1:
         return Traffic()
     domains = len(registry.domains)
-    experts = sum(num_experts(registry, index) for index in range(len(config.model.sparse_layer_ids)))
+    experts = sum(layer_experts(config.model, registry))
     return Traffic({("dp", "all_reduce"): 8 * (1 + 2 * domains + 3 + domains * experts)})
 
 
@@ -53,9 +53,10 @@ def layout_note(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, devic
     held, sent = rank_footprint(config, registry, mesh), rank_traffic(config, registry, mesh, device)
     by_axis = {axis: sum(size for (other, _), size in sent.items() if other == axis) for axis, _ in sent}
     on_host = " in host memory" if config.parallel.offload == "cpu" else ""
+    saved = f", in host memory {_mb(held.snapshot)} while it is saved" if config.save.background else ""
     return (
         f"a rank holds {_mb(held.parameters)} of parameters, {_mb(held.gradients)} of gradients, "
-        f"{_mb(held.optimizer)} of optimizer state{on_host}; with rows routed evenly it sends a step "
+        f"{_mb(held.optimizer)} of optimizer state{on_host}{saved}; with rows routed evenly it sends a step "
         + ", ".join(f"{axis} {_mb(size)}" for axis, size in by_axis.items() if axis != "world")
     )
 

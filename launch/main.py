@@ -1,12 +1,17 @@
 """`sigmoe COMMAND key=value ...`: finds the command, composes its config, maps a user's mistake to one line."""
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .launcher import find_cluster, find_mpi
+from .launcher import Cluster, UnreachableError, find_cluster, find_mpi
+
+if TYPE_CHECKING:  # it brings torch: not for `sigmoe --help`
+    from .cluster import Peers
 
 COMMANDS = {
     "data": "fetch or read domain-tagged text, train the tokenizer, write token files",
@@ -28,6 +33,7 @@ _OPTIONS = """options:
   --help            help; after a COMMAND with every key, its default and every choice
   --cfg             print the composed config and stop
   --config-dir DIR  a folder with config groups of your own
+  -m, --multirun    train: one run for each of several values (key=a,b), one after the other, in folders under out
   --traceback       show where an error came from"""
 
 
@@ -36,28 +42,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Under a launcher all processes return the same, and only rank 0 prints.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [
+        word for word in (sys.argv[1:] if argv is None else argv) if not re.fullmatch(r"--local[-_]rank=\d+", word)
+    ]  # deepspeed says to each of its processes what is in the environment as well
     _drop_package_root()
     try:
-        cluster = find_cluster()
+        cluster, mpi = find_cluster(), find_mpi()
     except ValueError as error:
         return _told(arguments, (2, str(error)))
-    mpi = find_mpi() if cluster is None else None
-    if mpi is not None and arguments and arguments[0] in COMMANDS and arguments[0] not in _OFFLINE:
-        refusal = "this command does not run under mpirun: start it without (train: with torchrun)"
-        return _told(arguments, (2, refusal if mpi.rank == 0 else None))
-    if cluster is None and mpi is None:
+    if cluster is None:
         return _told(arguments, _guarded(arguments))
-    from .cluster import leave, only_first_speaks  # torch takes a while: not for `sigmoe --help`
+    from .cluster import only_first_speaks  # torch takes a while: not for `sigmoe --help`
 
-    if mpi is not None:
+    if mpi is not None and arguments and arguments[0] in _OFFLINE:
         with only_first_speaks(mpi):
             return _told(arguments, _guarded(arguments))
-    assert cluster is not None
-    with only_first_speaks(cluster):
-        code, line = _guarded(arguments, distributed=True)
-        _told(arguments, (code, line))
-    code, known = leave(cluster, code)
+    if arguments and arguments[0] in COMMANDS and arguments[0] not in _DISTRIBUTED:
+        several = "alone, or under mpirun" if arguments[0] in _OFFLINE else "without the launcher"
+        refusal = f"{cluster.launcher} started {cluster.size} processes, this command runs in one: start it {several}"
+        return _told(arguments, (2, refusal if cluster.rank == 0 else None))
+    if {"-m", "--multirun"}.intersection(arguments):
+        refusal = f"-m starts one job after the other: start it without {cluster.launcher}"
+        return _told(arguments, (2, refusal if cluster.rank == 0 else None))
+    return _together(arguments, cluster)
+
+
+def _together(arguments: Sequence[str], cluster: Cluster) -> int:
+    """Run the command as one of several processes; return the exit code of all."""
+    from .cluster import Peers, agree, only_first_speaks
+
+    try:
+        peers = Peers(agree(cluster))
+        with only_first_speaks(cluster):
+            code, line = _guarded(arguments, peers)
+            _told(arguments, (code, line))
+    except UnreachableError as error:  # nobody else can say it
+        return _told(arguments, (2, str(error)))
+    except ValueError as error:  # no agreement: all know it
+        return _told(arguments, (2, str(error) if cluster.rank == 0 else None))
+    code, known = peers.leave(code)
     if not known:  # rank 0 knows nothing of it, and may wait for this process
         _told(arguments, (code, f"rank {cluster.rank}: {line}"))
     return code
@@ -71,28 +94,27 @@ def _told(arguments: Sequence[str], result: tuple[int, str | None]) -> int:
     return code
 
 
-def _guarded(arguments: Sequence[str], *, distributed: bool = False) -> tuple[int, str | None]:
+def _guarded(arguments: Sequence[str], peers: "Peers | None" = None) -> tuple[int, str | None]:
     """Run the command; return the exit code, and the line to print of what went wrong."""
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(_usage())  # noqa: T201
         return 0, None
     command, *rest = arguments
     try:
-        if distributed and command in COMMANDS and command not in _DISTRIBUTED:
-            raise ValueError("this command runs in one process: start it without the launcher")
-        _run(command, rest)
+        return _run(command, rest, peers), None
     except KeyboardInterrupt:
         return 130, "interrupted"
+    except UnreachableError:
+        raise
     except (ValueError, OSError) as error:
         if "--traceback" in rest:
             traceback.print_exc()
         return 2 if isinstance(error, ValueError) else 1, " ".join(str(error).split())
     except RuntimeError as error:
-        line = _lost_peer(error) if distributed else None
+        line = None if peers is None else _lost_peer(error)
         if line is None:
             raise
         return 1, line
-    return 0, None
 
 
 def _lost_peer(error: RuntimeError) -> str | None:
@@ -101,7 +123,8 @@ def _lost_peer(error: RuntimeError) -> str | None:
     return lost_peer(error)
 
 
-def _run(command: str, rest: list[str]) -> None:
+def _run(command: str, rest: list[str], peers: "Peers | None") -> int:
+    """Run the command; return the exit code."""
     if command not in COMMANDS:
         raise ValueError(f"unknown command; commands: {', '.join(COMMANDS)}")
     from .compose import compose_command, describe_command  # Hydra takes a while: not for `sigmoe --help`
@@ -110,15 +133,24 @@ def _run(command: str, rest: list[str]) -> None:
     if flags & {"--help", "-h"}:
         head = f"sigmoe {command} key=value ...: {COMMANDS[command]}"
         print("\n\n".join([head, _OPTIONS, describe_command(command)]))  # noqa: T201
-        return
+        return 0
+    if flags & {"--multirun", "-m"}:
+        from .sweep import sweep
+
+        return sweep(command, overrides, config_dir)
     literal, overrides = _take_literal(command, overrides)
     config = compose_command(command, overrides, config_dir) | literal
     if "--cfg" in flags:
         import yaml
 
         print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
-        return
-    importlib.import_module(f".{command}", __package__).run(config)
+        return 0
+    module = importlib.import_module(f".{command}", __package__)
+    if command in _DISTRIBUTED:
+        module.run(config, peers)
+    else:
+        module.run(config)
+    return 0
 
 
 def _take_literal(command: str, overrides: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -142,10 +174,10 @@ def _split(rest: list[str]) -> tuple[str | None, list[str], set[str]]:
             config_dir = next(pending, None)
             if config_dir is None:
                 raise ValueError("--config-dir needs a folder")
-        elif argument in ("--help", "-h", "--cfg", "--traceback"):
+        elif argument in ("--help", "-h", "--cfg", "--traceback", "--multirun", "-m"):
             flags.add(argument)
         elif argument.startswith("-"):
-            raise ValueError(f"unknown option {argument}; options: --help, --cfg, --config-dir DIR, --traceback")
+            raise ValueError(f"unknown option {argument}; options: --help, --cfg, --config-dir DIR, -m, --traceback")
         else:
             overrides.append(argument)
     return config_dir, overrides, flags

@@ -1,7 +1,7 @@
 """Metrics: one JSON object a logged step, and TensorBoard.
 
-Keys: step, tokens, loss, loss/<domain>, lr, grad_norm, tokens_per_second, flops_share, aux_loss, z_loss, dropped,
-expert_load/<layer> (most over mean load), heldout_loss/<domain>, heldout_bits_per_byte/<domain>.
+Keys: step, tokens, loss, loss/<domain>, lr, grad_norm, skipped, spike, tokens_per_second, flops_share, aux_loss,
+z_loss, dropped, expert_load/<layer> (most over mean load), heldout_loss/<domain>, heldout_bits_per_byte/<domain>.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ..moe.storage.durable import write_file
+from .trainer import StepMetrics, Trainer
 
 
 class Metrics:
@@ -44,6 +45,31 @@ class Metrics:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def step_values(step: StepMetrics, trainer: Trainer, *, spike: bool, speed: float, share: float) -> dict[str, Any]:
+    """Return what to write of a step, at `speed` tokens a second and that `share` of the matmul peak."""
+    values: dict[str, Any] = {
+        "step": step.step,
+        "tokens": step.step * step.tokens,
+        "loss": step.loss,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "skipped": step.skipped,
+        "spike": spike,
+        "tokens_per_second": speed,
+        "flops_share": share,
+        "aux_loss": step.aux_loss,
+        "z_loss": step.z_loss,
+        "dropped": step.dropped,
+    }
+    for name, loss, labels in zip(trainer.registry.names, step.loss_sum_N.tolist(), step.labels_N.tolist()):
+        if labels:
+            values[f"loss/{name}"] = loss / labels
+    for layer, count_NE in step.counts.items():
+        count_E = count_NE.sum(0).double()
+        values[f"expert_load/{layer}"] = float(count_E.max() / count_E.mean().clamp(min=1))
+    return values
 
 
 def _lines(path: Path) -> list[str]:

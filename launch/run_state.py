@@ -20,6 +20,7 @@ def checkpoint_content(trainer: Trainer, before: Losses, after: Losses) -> Check
         "dataset": dataset.digest,
         "phase": config.phase_at(max(trainer.step - 1, 0)),
         "skipped_steps": trainer.skipped,
+        "guard": trainer.guard.to_json(),
         "balance_fractions": trainer.balance.to_json(),
         "expert_load": {str(layer): count.tolist() for layer, count in trainer.load_NE.items()},
         "heldout_before": {name: loss.to_json() for name, loss in before.items()},
@@ -62,6 +63,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> tuple[Losses, Losses]:
     trainer.engine.load_named_state(checkpoint.model, checkpoint.optimizer)
     try:
         trainer.step, trainer.skipped = int(state["step"]), int(state["skipped_steps"])
+        if "guard" in state:  # checkpoints of 0.1 know no guard
+            trainer.guard.load_json(state["guard"])
         trainer.balance.load_json(state["balance_fractions"])
         for layer, count in trainer.load_NE.items():
             count.copy_(torch.tensor(state["expert_load"][str(layer)]))

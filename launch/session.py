@@ -1,12 +1,8 @@
-"""One session of a run: begins or resumes it, steps, logs, evaluates, saves, and stops cleanly on Ctrl-C."""
+"""One session of a run: begins or resumes it, steps, logs, evaluates, saves, and stops cleanly when asked to."""
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,17 +10,22 @@ from torch import distributed
 
 from ..benchmarks.machine import matmul_rate
 from ..moe.counts import train_flops
-from ..moe.storage.checkpoint import checkpoint_bytes
-from ..moe.storage.durable import WriteError, require_space
+from ..moe.storage.checkpoint import CheckpointContent, checkpoint_bytes
+from ..moe.storage.durable import require_space
 from ..parallel.agreement import together
 from ..parallel.checkpointer import Checkpointer
 from ..parallel.collectives import all_reduce
+from ..parallel.mesh import background_axis
 from .evaluation import Losses, evaluate_domains
+from .guard import Verdict
 from .layout_costs import DTYPES
-from .metrics import Metrics
+from .metrics import Metrics, step_values
 from .progress import TrainProgress
 from .run_state import checkpoint_content, restore
+from .saves import Saves
+from .stop import StopRequest
 from .trainer import StepMetrics, Trainer
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +38,30 @@ class SessionResult:
     interrupted: bool
 
 
+class _StoppedError(Exception):
+    """An evaluation was given up: some rank was asked to stop."""
+
+
 class Session:
     """Drives a trainer up to the run's last step, or `stop_at`, or a signal. Of several ranks the first one logs."""
 
-    def __init__(self, trainer: Trainer, directory: Path, progress: TrainProgress) -> None:
+    def __init__(
+        self, trainer: Trainer, directory: Path, progress: TrainProgress, stop: StopRequest, watchdog: Watchdog
+    ) -> None:
         self.trainer, self.config, self.directory, self.progress = trainer, trainer.config, directory, progress
+        self.stop, self.watchdog = stop, watchdog
         self.world = trainer.mesh.world
-        self.checkpointer = Checkpointer(directory / "checkpoints", keep=self.config.save.keep, world=self.world)
-        self.stop = False
+        save = self.config.save
+        background = background_axis(self.world, self.config.parallel.timeout) if save.background else None
+        self.checkpointer = Checkpointer(
+            directory / "checkpoints", keep=save.keep, world=self.world, background=background
+        )
+        self.saves = Saves(self.checkpointer, progress.note, background=save.background)
+        self.stopping = False  # some rank was asked to, and all know it
         self.matmul_rate = 0.0
         self.flops = train_flops(self.config.model, trainer.registry, self.config.sequence_length)
         self.before: Losses = {}
         self.after: Losses = {}
-        self.saved_step: int | None = None
         self.resumed_step = -1  # the session begins with step 0 itself
 
     def resume(self) -> bool:
@@ -57,12 +69,18 @@ class Session:
         checkpoint = self.checkpointer.load_latest(self.progress.note)
         if checkpoint is not None:
             self.before, self.after = restore(self.trainer, checkpoint)
-            self.saved_step = self.resumed_step = self.trainer.step
+            self.resumed_step = self.trainer.step
+            self.saves.saved_step = None if self.lacks_evaluation else self.trainer.step
             self.progress.note(f"resuming {self.directory} at step {self.trainer.step}")
-        content = checkpoint_content(self.trainer, self.before, self.after)
+        content = self._content()
         with together(self.world):
             require_space(self.directory, checkpoint_bytes(content))
         return checkpoint is not None
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether the run has ended but for its last evaluation."""
+        return self.trainer.step == self.config.steps and not self.after
 
     def run(self) -> SessionResult:
         """Train to the end of the session and save."""
@@ -75,12 +93,13 @@ class Session:
                 metrics = Metrics(self.directory, tensorboard=tensorboard, resumed_step=self.resumed_step)
         seconds, first = 0.0, trainer.step
         try:
-            # Until all is saved: a SIGTERM in the last evaluation must not cost what was trained.
-            with self._signals(), self.progress.steps(trainer.step, config.steps):
+            # Until all is saved: a signal in the last evaluation must not cost what was trained.
+            with self.stop.interruptible(), self.progress.steps(trainer.step, config.steps), self.saves.joined():
+                self._agree()
                 self.after = {}
-                if not self.before:
-                    self.before = self._evaluate(metrics)
-                while trainer.step < config.last_step and not self._asked_to_stop():
+                self.before = self.before or self._evaluate(metrics)
+                while trainer.step < config.last_step and not self.stopping:
+                    self.watchdog.tell(f"step {trainer.step + 1}")
                     begin = time.perf_counter()
                     step = trainer.train_step()
                     elapsed = time.perf_counter() - begin
@@ -88,8 +107,9 @@ class Session:
                     self._after_step(step, elapsed, metrics)
                 if trainer.step == config.steps:
                     self.after = self._evaluate(metrics)
-                if self.saved_step != trainer.step:
-                    self._save()
+                if trainer.step or self.before:  # else there is nothing yet
+                    self.watchdog.tell(f"saving step {trainer.step}")
+                    self.saves.finish(trainer.step, self._content)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -97,44 +117,105 @@ class Session:
             seconds=seconds,
             tokens=(trainer.step - first) * config.global_batch * config.sequence_length,
             matmul_rate=self.matmul_rate,
-            interrupted=self.stop,
+            interrupted=self.stopping,
         )
 
     def _after_step(self, step: StepMetrics, elapsed: float, metrics: Metrics | None) -> None:
-        config = self.config
-        self._log(step, elapsed, metrics)
+        config, guard = self.config, self.trainer.guard
+        loss = self._agree(0.0 if step.skipped else step.loss)
+        verdict = guard.observe(loss, skipped=step.skipped, phase=config.phase_at(step.step - 1))
+        self._log(step, verdict, elapsed, metrics)
+        self._heed(step, verdict)
+        self.saves.look()
         if config.evaluate.every and step.step % config.evaluate.every == 0 and step.step < config.steps:
             self._evaluate(metrics)
         # The last step is saved after its evaluation: a run whose last step is saved has nothing left to do.
         if config.save.every and step.step % config.save.every == 0 and step.step < config.steps:
-            self._try_save()
+            self.watchdog.tell(f"saving step {step.step}")
+            self.saves.begin(step.step, self._content)
 
-    def _log(self, step: StepMetrics, elapsed: float, metrics: Metrics | None) -> None:
+    def _heed(self, step: StepMetrics, verdict: Verdict) -> None:
+        """Do what the guard says after a step. Raises ValueError where the run is to end."""
+        guard, note = self.trainer.guard, self.progress.note
+        if verdict.deviations is not None:
+            note(
+                f"step {step.step}: loss {step.loss:.3f} is a spike, {verdict.deviations:.1f} deviations above the mean"
+            )
+        if (verdict.lasts or verdict.end) and guard.may_go_back and self._go_back(step.step - guard.bad):
+            return
+        if verdict.lasts and verdict.deviations is not None:
+            note(f"the loss has stayed there for {guard.bad} steps: that is the usual level from now on")
+            guard.settle()
+        if verdict.end:
+            self.saves.wait()
+            newest = max(self.checkpointer.steps(), default=None)
+            raise ValueError(
+                f"{guard.skipped} steps in a row were skipped; at step {step.step} the loss is {step.loss:.4g} and the "
+                f"gradient norm {step.grad_norm:.4g}; "
+                + ("there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}")
+                + ": lower optim.lr, set guard.rollback=true, or raise guard.max_skipped"
+            )
+
+    def _go_back(self, last: int) -> bool:
+        """Take over the newest checkpoint of step `last` or before, and stay at this step; return whether there is one.
+
+        What lies between, data and all, is left out, as PaLM's authors did (arXiv 2204.02311, section 5.1).
+        """
+        trainer, step, skipped = self.trainer, self.trainer.step, self.trainer.skipped
+        self.watchdog.tell(f"going back from step {step}")
+        self.saves.wait()
+        checkpoint = self.checkpointer.load_latest(self.progress.note, last=last)
+        if checkpoint is None:
+            self.progress.note(f"step {step}: there is no checkpoint of step {last} or before to go back to")
+            return False
+        restore(trainer, checkpoint)
+        trainer.guard.rolled_back = (trainer.step, step)
+        self.progress.note(
+            f"step {step}: back to the weights and moments of step {trainer.step}, without the data of the "
+            f"{step - trainer.step} steps since"
+        )
+        trainer.step, trainer.skipped = step, skipped
+        return True
+
+    def _log(self, step: StepMetrics, verdict: Verdict, elapsed: float, metrics: Metrics | None) -> None:
         if metrics is None:
             return
         speed = step.tokens / elapsed
         share = speed * self.flops / (self.matmul_rate * self.world.size)
         self.progress.step(step, speed, share)
-        if step.step % self.config.logger.every == 0 or step.step == self.config.steps or step.skipped:
-            metrics.write(_values(step, self.trainer, speed, share))
+        spike = verdict.deviations is not None
+        if step.step % self.config.logger.every == 0 or step.step == self.config.steps or step.skipped or spike:
+            metrics.write(step_values(step, self.trainer, spike=spike, speed=speed, share=share))
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank was: all stop after the same step."""
-        asked = all_reduce(torch.tensor(int(self.stop)), self.world, distributed.ReduceOp.MAX)
-        if asked:  # else a signal that comes right now would be lost
-            self.stop = True
-        return bool(asked)
+    def _agree(self, loss: float = 0.0) -> float:
+        """Return the largest of the ranks' losses; and learn whether one was asked to stop: all stop together."""
+        told = torch.tensor([float(self.stop.asked), loss], dtype=torch.float64)
+        told = all_reduce(told, self.world, distributed.ReduceOp.MAX)
+        self.stopping = bool(told[0])
+        return float(told[1])
 
     def _evaluate(self, metrics: Metrics | None) -> Losses:
+        """Return the held-out losses; none where a rank is asked to stop meanwhile."""
         dp = self.trainer.mesh.dp
-        losses = evaluate_domains(
-            self.trainer.model,
-            self.trainer.loader,
-            batch_size=self.config.micro_size(dp.size) * dp.size,
-            max_tokens=self.config.evaluate.tokens,
-            on_domain=self.progress.evaluating,
-            dp=dp,
-        )
+
+        def begin(domain: str) -> None:
+            self.watchdog.tell(f"evaluating {domain}")
+            self.progress.evaluating(domain)
+            self._agree()
+            if self.stopping:
+                raise _StoppedError
+
+        try:
+            losses = evaluate_domains(
+                self.trainer.model,
+                self.trainer.loader,
+                batch_size=self.config.micro_size(dp.size) * dp.size,
+                max_tokens=self.config.evaluate.tokens,
+                on_domain=begin,
+                dp=dp,
+            )
+        except _StoppedError:
+            return {}
         values: dict[str, Any] = {"step": self.trainer.step}
         for name, loss in losses.items():
             values[f"heldout_loss/{name}"] = loss.loss
@@ -143,53 +224,5 @@ class Session:
             metrics.write(values)
         return losses
 
-    def _try_save(self) -> None:
-        """Save in mid-run, where a full disk is no reason to stop: the checkpoint before still stands."""
-        try:
-            self._save()
-        except WriteError as error:
-            self.progress.note(f"step {self.trainer.step} is not saved, training goes on: {error}")
-
-    def _save(self) -> None:
-        self.progress.note(f"saving step {self.trainer.step}")
-        self.checkpointer.save(self.trainer.step, checkpoint_content(self.trainer, self.before, self.after))
-        self.saved_step = self.trainer.step
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a stop after the current step, saved; a second SIGINT is Python's own."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.progress.urgent("stopping after this step; press Ctrl-C again to stop without saving")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _values(step: StepMetrics, trainer: Trainer, speed: float, share: float) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "step": step.step,
-        "tokens": step.step * step.tokens,
-        "loss": step.loss,
-        "lr": step.lr,
-        "grad_norm": step.grad_norm,
-        "skipped": step.skipped,
-        "tokens_per_second": speed,
-        "flops_share": share,
-        "aux_loss": step.aux_loss,
-        "z_loss": step.z_loss,
-        "dropped": step.dropped,
-    }
-    for name, loss, labels in zip(trainer.registry.names, step.loss_sum_N.tolist(), step.labels_N.tolist()):
-        if labels:
-            values[f"loss/{name}"] = loss / labels
-    for layer, count_NE in step.counts.items():
-        count_E = count_NE.sum(0).double()
-        values[f"expert_load/{layer}"] = float(count_E.max() / count_E.mean().clamp(min=1))
-    return values
+    def _content(self) -> CheckpointContent:
+        return checkpoint_content(self.trainer, self.before, self.after)

@@ -12,44 +12,56 @@ import yaml
 
 from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
-from ..moe.domains import DomainRegistry
 from ..moe.parsing import from_mapping
-from ..moe.precision import wide_dtype
 from ..moe.storage.checkpoint import MANIFEST, load_yaml
 from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
 from ..parallel.agreement import together
 from ..parallel.config import ParallelConfig
-from ..parallel.mesh import Axis, Mesh, single_mesh
+from ..parallel.mesh import Axis, single_mesh
 from .build import build_mesh
-from .cluster import join
+from .cluster import Peers
 from .console import progress_sink
 from .initial import load_initial
-from .launcher import find_cluster, torchrun_command
-from .layout_costs import DTYPES, layout_note, rank_bytes
+from .kernel_choice import backends_note
+from .launcher import Cluster, launch_command
+from .layout_costs import layout_note
 from .main import main
-from .memory import host_memory
+from .memory_check import check_memory
 from .preflight import check_alike
 from .progress import TrainProgress
 from .report import print_closing_table
 from .session import Session, SessionResult
+from .stop import StopRequest
 from .train_config import TrainConfig, check_same_run
-from .trainer import Trainer, pick_device
+from .trainer import Trainer
+from .watchdog import Watchdog
 
 
-def run(config: Mapping[str, Any]) -> None:
+def run(config: Mapping[str, Any], peers: Peers | None) -> None:
     """Train as `config` (composed plain data) says. Raises ValueError for a user's mistake, with nothing written.
 
     Under a launcher all ranks call it, and raise what one of them raises.
     """
-    cluster = find_cluster()
+    cluster = None if peers is None else peers.cluster
     parallel = from_mapping(ParallelConfig, config.get("parallel", {}), "parallel")
-    world = single_mesh().world if cluster is None else join(cluster, parallel.timeout)
+    stop = StopRequest(several=cluster is not None)
+    with stop.listening():
+        world = single_mesh().world if peers is None else peers.join(parallel)
+        watchdog = Watchdog(cluster, parallel.watch_seconds)
+        with watchdog.watching():
+            _train(config, cluster, world, stop, watchdog)
+
+
+def _train(
+    config: Mapping[str, Any], cluster: Cluster | None, world: Axis, stop: StopRequest, watchdog: Watchdog
+) -> None:
     with together(world):
         dataset = _open(config, check_ids=world.rank == 0)
         train_config = TrainConfig.load(_with_vocabulary(config, dataset))
         directory = Path(train_config.out).expanduser()
         begun = _check_directory(directory, train_config)
     check_alike(train_config, dataset, world)
+    parallel, watchdog.directory = train_config.parallel, directory
     if train_config.threads is not None:
         torch.set_num_threads(train_config.threads)
     registry = train_config.model.build_registry(dataset.domain_names)
@@ -57,10 +69,11 @@ def run(config: Mapping[str, Any]) -> None:
     mesh = build_mesh(train_config, registry, world)
     count = count_parameters(train_config.model, registry)
     with together(world):
-        _check_memory(train_config, registry, mesh, 1 if cluster is None else cluster.local_size)
+        check_memory(train_config, registry, mesh, 1 if cluster is None else cluster.local_size)
     progress = TrainProgress(plain_every=train_config.logger.every, silent=world.rank > 0)
+    stop.say = progress.urgent
     trainer = Trainer(train_config, dataset, mesh)
-    session = Session(trainer, directory, progress)
+    session = Session(trainer, directory, progress, stop, watchdog)
     resumed = session.resume()
     if train_config.initial is not None and not resumed:
         load_initial(trainer, train_config.initial)
@@ -69,7 +82,7 @@ def run(config: Mapping[str, Any]) -> None:
         progress.note("one process owns the optimizer whole: parallel.zero_stage and parallel.offload change nothing")
     if begun and not resumed:
         progress.note(f"{directory} has no checkpoint yet: starting at step 0")
-    if trainer.step >= train_config.last_step:
+    if trainer.step >= train_config.last_step and not session.lacks_evaluation:
         if session.after and world.rank == 0:
             print_closing_table(trainer, session.before, session.after)
         limit = "steps" if trainer.step >= train_config.steps else "stop_at"
@@ -85,6 +98,8 @@ def run(config: Mapping[str, Any]) -> None:
         f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
         f"{ranks}{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
+    if note := backends_note(train_config, trainer.device):
+        progress.note(note)
     if world.size > 1:
         progress.note(layout_note(train_config, registry, mesh, trainer.device.type))
     result = session.run()
@@ -143,23 +158,7 @@ def _check_launch(parallel: ParallelConfig, world: Axis) -> None:
         fewest = math.lcm(parallel.tp, parallel.ep * parallel.expert_tp)
         raise ValueError(
             f"parallel.tp={parallel.tp} parallel.ep={parallel.ep} takes {fewest} processes: "
-            f"{torchrun_command(fewest, 'train')}"
-        )
-
-
-def _check_memory(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, processes: int) -> None:
-    """Raise ValueError where not even masters, gradients and two moments fit; activations are not counted."""
-    on_gpu = pick_device(config.device) == "cuda"
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else host_memory()
-    total = count_parameters(config.model, registry).total
-    needed = 4 * wide_dtype(DTYPES[config.precision]).itemsize * total
-    if mesh.world.size > 1:
-        needed = rank_bytes(config, registry, mesh, on_gpu=on_gpu) * (1 if on_gpu else processes)
-    if needed > memory:
-        where = "" if mesh.world.size == 1 else " on this machine"
-        raise ValueError(
-            f"a model of {total:,} parameters needs at least {needed / 1e9:,.1f} GB{where} to train, there are "
-            f"{memory / 1e9:,.1f} GB: make it smaller"
+            f"{launch_command(fewest, 'train')}"
         )
 
 
@@ -179,7 +178,8 @@ def _close(session: Session, result: SessionResult, progress: TrainProgress) -> 
         progress.note(f"stopped at step {trainer.step} (stop_at), saved; to go on, raise stop_at or leave it out")
     elif not session.after:
         command = shlex.join(["sigmoe", "train", *sys.argv[2:]]) if sys.argv[1:2] == ["train"] else "the same command"
-        progress.note(f"stopped at step {trainer.step}, saved; to resume, run again: {command}")
+        what = "saved" if session.saves.saved_step is not None else "before there was anything to save"
+        progress.note(f"stopped at step {trainer.step}, {what}; to resume, run again: {command}")
 
 
 if __name__ == "__main__":

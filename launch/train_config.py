@@ -10,12 +10,11 @@ from ..moe.data.sampling import Phase
 from ..moe.parsing import from_mapping, to_mapping
 from ..parallel.config import ParallelConfig
 from ..parallel.engine import OptimizerConfig
+from .guard import GuardConfig
 from .schedule import ScheduleConfig
 
 # What says where, on how many ranks and how long a session runs, not what it computes.
-_LOCAL = frozenset(
-    {"out", "dataset", "stop_at", "device", "threads", "logger", "save", "evaluate", "parallel", "micro_batch"}
-)
+_LOCAL = frozenset("out dataset stop_at device threads kernels logger save guard evaluate parallel micro_batch".split())
 # What a run may change when it goes on; everything else would make it another run.
 _FREE = _LOCAL | {"steps", "schedule"}
 # Not in a checkpoint, which holds what came of it: a path, and equal states have equal bytes.
@@ -51,6 +50,7 @@ class SaveConfig:
 
     every: int = 500  # steps; 0: only at the end
     keep: int | None = 3  # the newest so many; null: all
+    background: bool = True  # write in mid-run beside training, from a copy of the state in host memory
 
     def __post_init__(self) -> None:
         if self.every < 0 or (self.keep is not None and self.keep < 1):
@@ -82,6 +82,7 @@ class TrainConfig:
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
     evaluate: EvaluateConfig = EvaluateConfig()
     save: SaveConfig = SaveConfig()
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = LoggerConfig()
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int
@@ -93,6 +94,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch"):

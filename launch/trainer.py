@@ -20,6 +20,7 @@ from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Axis, Mesh, single_mesh
 from .balance_state import BalanceState
 from .build import build_engine, build_model
+from .guard import StepGuard
 from .schedule import rate_ratio
 from .train_config import TrainConfig
 
@@ -74,6 +75,7 @@ class Trainer:
         self._check_phases()
         self.balance = BalanceState(self.model, self.mesh.dp)
         self.load_NE = {layer: torch.zeros_like(count) for layer, count in self.balance.counts.items()}
+        self.guard = StepGuard(config.guard)
         self.step, self.skipped = 0, 0
 
     def train_step(self) -> StepMetrics:

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from ..kernels.backend import TORCH, Backends
 from ..kernels.permute import combine, permute
 from ..kernels.positions import Positions, positions
 from .routing import Routing
@@ -42,16 +43,21 @@ class LocalReceipt:
 class LocalDispatcher:
     """All experts are here: a sort."""
 
+    def __init__(self, backends: Backends = TORCH) -> None:
+        self.backends = backends
+
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, LocalReceipt]:
         """Sort the tokens by expert, stably; see `Dispatcher`."""
-        sorted_by_expert = positions(routing.expert_BSK, routing.num_experts, capacity_B=routing.capacity_B)
+        sorted_by_expert = positions(
+            routing.expert_BSK, routing.num_experts, capacity_B=routing.capacity_B, backend=self.backends.positions
+        )
         weight_TK = routing.weight_BSK.flatten(0, 1)
-        rows_RD = permute(x_TD, sorted_by_expert, weight_TK.shape[1])
+        rows_RD = permute(x_TD, sorted_by_expert, weight_TK.shape[1], backend=self.backends.permute)
         return rows_RD, sorted_by_expert.count_E, LocalReceipt(sorted_by_expert, weight_TK)
 
     def combine(self, rows_RD: Tensor, receipt: LocalReceipt) -> Tensor:
         """Gather each token's rows; see `Dispatcher`."""
-        return combine(rows_RD, receipt.weight_TK, receipt.positions)
+        return combine(rows_RD, receipt.weight_TK, receipt.positions, backend=self.backends.permute)
 
     def dropped(self, receipt: LocalReceipt) -> Tensor:
         """Count the pairs without a row."""

@@ -6,6 +6,7 @@ Shape letters: B sequences, S positions, D model width.
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backend import TORCH, Backends
 from ..kernels.norm import rms_norm
 from .attention import SelfAttention
 from .cache import CacheStep, KeyValueCache
@@ -33,13 +34,14 @@ class RMSNorm(nn.Module):
 class MoELayer(nn.Module):
     """Router, dispatch, experts, combine. `dispatcher` may be replaced by one that spans processes."""
 
-    def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int) -> None:
+    def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int, backends: Backends = TORCH) -> None:
         super().__init__()
         index = config.sparse_layer_ids.index(layer)
-        self.layer = layer
-        self.gate = build_router(config.router, layer, config.dim, config.vocab_size, registry.sets(index))
+        sets = registry.sets(index)
+        self.layer, self.backends = layer, backends
+        self.gate = build_router(config.router, layer, config.dim, config.vocab_size, sets, backends)
         self.experts = GroupedExperts(num_experts(registry, index), config.dim, config.expert_dim)
-        self.dispatcher: Dispatcher[object] = LocalDispatcher()  # type: ignore[assignment]
+        self.dispatcher: Dispatcher[object] = LocalDispatcher(backends)  # type: ignore[assignment]
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingStats]:
         """Return the layer's output and what its router counted."""
@@ -64,14 +66,14 @@ class MoELayer(nn.Module):
 class Block(nn.Module):
     """Norm, attention, residual; norm, feed-forward or experts, residual."""
 
-    def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int) -> None:
+    def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int, backends: Backends = TORCH) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.is_sparse = layer in config.sparse_layer_ids
         if self.is_sparse:
-            self.block_sparse_moe = MoELayer(config, registry, layer)
+            self.block_sparse_moe = MoELayer(config, registry, layer, backends)
         else:
             self.mlp = DenseFFN(config.dim, config.dense_dim)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backend import TORCH, Backends
 from ..kernels.linear import linear_forward, packed
 from .attention import SelfAttention
 from .cache import CacheStep, KeyValueCache
@@ -57,10 +58,10 @@ class Slots(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and final norm."""
 
-    def __init__(self, config: ModelConfig, registry: DomainRegistry) -> None:
+    def __init__(self, config: ModelConfig, registry: DomainRegistry, backends: Backends = TORCH) -> None:
         super().__init__()
         self.embed_tokens = Slots(config.num_slots, config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, registry, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, registry, layer, backends) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
@@ -88,14 +89,14 @@ class Transformer(nn.Module):
     """Decoder-only language model with dense and sparse layers.
 
     Weights are empty after construction: `initialize` draws them, or a checkpoint fills them. `vocabulary` may be
-    replaced by one that spans processes.
+    replaced by one that spans processes. `backends` says which implementations training's forward and backward run.
     """
 
-    def __init__(self, config: ModelConfig, registry: DomainRegistry) -> None:
+    def __init__(self, config: ModelConfig, registry: DomainRegistry, backends: Backends = TORCH) -> None:
         super().__init__()
         check_registry(config, registry)
         self.config, self.registry = config, registry
-        self.model = Decoder(config, registry)
+        self.model = Decoder(config, registry, backends)
         self.vocabulary: Vocabulary = LocalVocabulary()
         if not config.tie_embeddings:
             self.lm_head = Slots(config.num_slots, config.vocab_size, config.dim)

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..kernels.gate import Gate, choose, gate
+from ..kernels.backend import TORCH, Backends
+from ..kernels.gate import Gate, choose, gate, table_gate
 from .balance import batch_balance_sum, sequence_balance_sum
 from .config import RouterConfig
 from .keyed import keyed_uniform, seed_of
@@ -19,9 +20,11 @@ from .routing import Routing, RoutingContext, merge_groups
 class LearnedGate(nn.Module):
     """What the learned routers share: a linear gate (fp32 or fp64) over some experts, its balance sums, its jitter."""
 
-    def __init__(self, config: RouterConfig, layer: int, dim: int, num_experts: int) -> None:
+    def __init__(
+        self, config: RouterConfig, layer: int, dim: int, num_experts: int, backends: Backends = TORCH
+    ) -> None:
         super().__init__()
-        self.config, self.layer, self.num_experts = config, layer, num_experts
+        self.config, self.layer, self.num_experts, self.backend = config, layer, num_experts, backends.gate
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         if config.balance == "bias":
             self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
@@ -38,7 +41,8 @@ class LearnedGate(nn.Module):
     def choose(self, x_BSD: Tensor, experts: Tensor | None) -> Gate:
         """Run the gate over `experts` alone (None: all), so that a submodel of them does the same arithmetic."""
         logits_BSE, bias_E = self.logits(x_BSD, experts)
-        return gate(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=self.config.renormalize)
+        renormalize = self.config.renormalize
+        return gate(logits_BSE, self.config.top_k, bias_E=bias_E, renormalize=renormalize, backend=self.backend)
 
     def choose_alone(self, x_BSD: Tensor, experts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the gate's choices over `experts` and their weights, `[B, S, K]`, without sums and autograd."""
@@ -87,8 +91,15 @@ class TopKRouter(LearnedGate):
 class DomainTopKRouter(LearnedGate):
     """Level 1: the sequence's domain gives the set. Level 2: a learned gate over that set alone."""
 
-    def __init__(self, config: RouterConfig, layer: int, dim: int, sets: tuple[tuple[int, ...], ...]) -> None:
-        super().__init__(config, layer, dim, 1 + max(max(experts) for experts in sets))
+    def __init__(
+        self,
+        config: RouterConfig,
+        layer: int,
+        dim: int,
+        sets: tuple[tuple[int, ...], ...],
+        backends: Backends = TORCH,
+    ) -> None:
+        super().__init__(config, layer, dim, 1 + max(max(experts) for experts in sets), backends)
         self.sets = sets
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
@@ -134,22 +145,27 @@ class RandomRoutedExperts(nn.Module):
 
     route_table: Tensor
 
-    def __init__(self, config: RouterConfig, layer: int, vocab_size: int, sets: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        layer: int,
+        vocab_size: int,
+        sets: tuple[tuple[int, ...], ...],
+        backends: Backends = TORCH,
+    ) -> None:
         super().__init__()
-        self.config, self.layer, self.sets = config, layer, sets
+        self.config, self.layer, self.sets, self.backend = config, layer, sets, backends.gate
         self.num_experts = 1 + max(max(experts) for experts in sets)
         self.register_buffer("route_table", torch.zeros(len(sets), vocab_size, dtype=torch.int32))
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
         """Route every token by (domain, token id)."""
-        expert_BS = self._experts(context, x_BSD.device)
-        count_BE = expert_BS.new_zeros(expert_BS.shape[0], self.num_experts)
-        count_BE.scatter_add_(1, expert_BS, torch.ones_like(expert_BS))
+        chosen = self._look_up(context)
         zero = torch.zeros((), device=x_BSD.device)
         return Routing(
-            expert_BSK=expert_BS.unsqueeze(-1),
-            weight_BSK=torch.ones(*expert_BS.shape, 1, device=x_BSD.device),
-            count_BE=count_BE,
+            expert_BSK=chosen.expert_BSK,
+            weight_BSK=chosen.weight_BSK,
+            count_BE=chosen.count_BE,
             balance_sum=zero,
             z_sum=zero,
             num_experts=self.num_experts,
@@ -158,31 +174,36 @@ class RandomRoutedExperts(nn.Module):
 
     def choices(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor]:
         """Return experts and weights `[B, S, 1]`, nothing counted."""
-        expert_BS1 = self._experts(context, x_BSD.device).unsqueeze(-1)
-        return expert_BS1, torch.ones(expert_BS1.shape, device=x_BSD.device)
+        chosen = self._look_up(context)
+        return chosen.expert_BSK, chosen.weight_BSK
 
-    def _experts(self, context: RoutingContext, device: torch.device) -> Tensor:
-        parts = []
-        for group in context.groups:
-            experts = torch.tensor(self.sets[group.domain], device=device)
-            parts.append(experts[self.route_table[group.domain][group.of(context.token_BS)].long()])
-        return merge_groups(context.groups, parts)
+    def _look_up(self, context: RoutingContext) -> Gate:
+        token_BS, longest = context.token_BS, max(map(len, self.sets))
+        sets_NM = torch.tensor([[*experts, *[0] * (longest - len(experts))] for experts in self.sets])
+        domain_B = torch.tensor(_domains(context), device=token_BS.device)
+        sets_NM, E = sets_NM.to(token_BS.device), self.num_experts
+        return table_gate(token_BS, domain_B, self.route_table, sets_NM, E, backend=self.backend)
 
 
 Router = TopKRouter | DomainTopKRouter | RandomRoutedExperts
 
 
 def build_router(
-    config: RouterConfig, layer: int, dim: int, vocab_size: int, sets: tuple[tuple[int, ...], ...]
+    config: RouterConfig,
+    layer: int,
+    dim: int,
+    vocab_size: int,
+    sets: tuple[tuple[int, ...], ...],
+    backends: Backends = TORCH,
 ) -> Router:
     """Build layer `layer`'s router over the domains' expert `sets`."""
     match config.name:
         case "top_k":
-            return TopKRouter(config, layer, dim, 1 + max(max(experts) for experts in sets))
+            return TopKRouter(config, layer, dim, 1 + max(max(experts) for experts in sets), backends)
         case "domain_top_k":
-            return DomainTopKRouter(config, layer, dim, sets)
+            return DomainTopKRouter(config, layer, dim, sets, backends)
         case "rre":
-            return RandomRoutedExperts(config, layer, vocab_size, sets)
+            return RandomRoutedExperts(config, layer, vocab_size, sets, backends)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -200,8 +221,13 @@ def _capacity(config: RouterConfig, context: RoutingContext, sizes: list[int], d
 
 def _set_sizes(context: RoutingContext, sets: tuple[tuple[int, ...], ...]) -> list[int]:
     """Return the size of each sequence's set."""
-    sizes = [0] * context.token_BS.shape[0]
+    return [len(sets[domain]) for domain in _domains(context)]
+
+
+def _domains(context: RoutingContext) -> list[int]:
+    """Return each sequence's domain."""
+    domains = [0] * context.token_BS.shape[0]
     for group in context.groups:
-        for row in range(len(sizes)) if group.rows is None else group.rows.tolist():
-            sizes[row] = len(sets[group.domain])
-    return sizes
+        for row in range(len(domains)) if group.rows is None else group.rows.tolist():
+            domains[row] = group.domain
+    return domains

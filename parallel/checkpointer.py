@@ -1,11 +1,13 @@
 """The checkpoints of a run: `step-00001000` directories, and `latest` that names the newest complete one.
 
-With several processes all of them call `save` and `load_latest`, and all raise what one of them raises.
+With several processes all of them call `save`, `begin_save` and `load_latest`, and all raise what one of them raises.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ..moe.storage.checkpoint import (
@@ -28,19 +30,26 @@ from ..moe.storage.durable import (
     require_space,
     write_file,
 )
+from ..moe.storage.tensors import NamedTensor, named_tensors
 from .agreement import exchange, from_first, together
-from .gather import Gathered, write_gathered
+from .gather import Gathered, host_copy, write_gathered
 from .mesh import Axis, single_mesh
 
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 class Checkpointer:
-    """Saves and finds checkpoints in `directory`; keeps the newest `keep` (None: all)."""
+    """Saves and finds checkpoints in `directory`; keeps the newest `keep` (None: all).
 
-    def __init__(self, directory: Path, *, keep: int | None, world: Axis | None = None) -> None:
+    `background` is the same processes as `world` in a group of their own (`background_axis`), for `begin_save`.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: int | None, world: Axis | None = None, background: Axis | None = None
+    ) -> None:
         self.directory, self.keep = directory, keep
         self.world = single_mesh().world if world is None else world
+        self.background = background
 
     def save(self, step: int, content: CheckpointContent) -> Path:
         """Write a checkpoint, then move `latest`, then delete what is beyond `keep`. Returns its directory.
@@ -49,22 +58,47 @@ class Checkpointer:
         processes the tensors of `content` are `Gathered`, and only rank 0's other content counts.
         Raises WriteError where the disk refuses; the checkpoints before still stand.
         """
-        path = self.path(step)
-        if self.world.size > 1:
-            self._save_together(path, step, content)
-            return path
         self._prepare(content)
-        write_checkpoint(path, content, replace=path.exists())
-        self._close(step)
+        return self._write(step, content, self.world)
+
+    def begin_save(self, step: int, content: CheckpointContent) -> Future[Path]:
+        """Begin what `save` does, and let a thread of its own end it; what is saved is the state as it stands now.
+
+        Returns when the tensors that are here are copied to host memory; the rest of `content` must not change. The
+        future has the directory, or raises. Await it before the next save begins, and before the process ends.
+        Raises WriteError at once where the disk has no room.
+        """
+        axis = self.world if self.background is None else self.background
+        assert axis is not self.world or axis.size == 1, "the thread's messages would mix with training's"
+        self._prepare(content)
+        copied = replace(content, model=_snapshot(content.model), optimizer=_snapshot(content.optimizer))
+        pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        future = pool.submit(self._write, step, copied, axis)
+        pool.shutdown(wait=False)  # the thread ends with its work
+        return future
+
+    def _prepare(self, content: CheckpointContent) -> None:
+        with together(self.world):
+            if self.world.rank == 0:
+                make_directory(self.directory)
+                remove_stale(self.directory)  # before the space is measured: a killed save may have left as much again
+                require_space(self.directory, checkpoint_bytes(content))
+
+    def _write(self, step: int, content: CheckpointContent, world: Axis) -> Path:
+        path = self.path(step)
+        if world.size > 1:
+            self._write_together(path, step, content, world)
+        else:
+            write_checkpoint(path, content, replace=path.exists())
+            self._close(step)
         return path
 
-    def _save_together(self, path: Path, step: int, content: CheckpointContent) -> None:
+    def _write_together(self, path: Path, step: int, content: CheckpointContent, world: Axis) -> None:
         """The bytes are those that one process would write; rank 0 makes the directory and vouches for it."""
-        world, model, optimizer = self.world, content.model, content.optimizer
+        model, optimizer = content.model, content.optimizer
         assert isinstance(model, Gathered) and isinstance(optimizer, Gathered)
 
         def begin() -> str:
-            self._prepare(content)
             return str(stack.enter_context(durable_directory(path, replace=path.exists())).root)
 
         with ExitStack() as stack:
@@ -81,11 +115,6 @@ class Checkpointer:
                     write_manifest(directory, model)
                     stack.close()  # renames it into place
                     self._close(step)
-
-    def _prepare(self, content: CheckpointContent) -> None:
-        make_directory(self.directory)
-        remove_stale(self.directory)  # before the space is measured: a killed save may have left as much again
-        require_space(self.directory, checkpoint_bytes(content))
 
     def _close(self, step: int) -> None:
         path = self.path(step)
@@ -111,14 +140,14 @@ class Checkpointer:
         steps = {int(match[1]) for path in self.directory.iterdir() if (match := _STEP.fullmatch(path.name))}
         return tuple(sorted(step for step in steps if self.path(step).is_dir()))
 
-    def load_latest(self, on_fallback: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest checkpoint whose every file verifies; None where there is none at all.
+    def load_latest(self, on_fallback: Callable[[str], None], *, last: int | None = None) -> Checkpoint | None:
+        """Return the newest checkpoint (of step `last` at the latest) whose files all verify; None where none stands.
 
         `on_fallback` hears of each damaged one before an older is tried. Raises ValueError where all are damaged,
         rather than start again and overwrite them.
         """
         damage = None
-        for step in from_first(self._stand, self.world):
+        for step in from_first(lambda: self._stand(last), self.world):
             try:
                 with together(self.world):
                     checkpoint = open_checkpoint(self.path(step))
@@ -132,8 +161,14 @@ class Checkpointer:
             raise ValueError(f"no checkpoint in {self.directory} is whole: {damage}; give another out= to start again")
         return None
 
-    def _stand(self) -> list[int]:
-        """Clear leftovers; return the steps that stand, the newest first."""
+    def _stand(self, last: int | None) -> list[int]:
+        """Clear leftovers; return the steps that stand, not later than `last`, the newest first."""
         if self.directory.is_dir():
             remove_stale(self.directory)
-        return list(reversed(self.found()))
+        return [step for step in reversed(self.found()) if last is None or step <= last]
+
+
+def _snapshot(tensors: Mapping[str, NamedTensor]) -> Mapping[str, NamedTensor]:
+    if isinstance(tensors, Gathered):
+        return tensors.snapshot()
+    return named_tensors({name: host_copy(tensor.read()) for name, tensor in tensors.items()})

@@ -14,12 +14,23 @@ class ParallelConfig:
     zero_stage: int = 1  # DeepSpeed ZeRO: 1 or 2
     offload: Literal["none", "cpu"] = "none"  # where the optimizer's state lives
     recompute: Literal["none", "layer", "experts", "attention"] = "none"  # what the backward computes again
+    # Seconds until all have come together: nodes of a job start some seconds apart, a slow file system adds a minute;
+    # a node that takes longer than two is not coming.
+    join_timeout: int = 120
     timeout: int = 600  # seconds that a process waits for another
+    watchdog: int | None = (
+        None  # seconds in which no process moves, until all are ended; None: half of timeout; 0: never
+    )
 
     def __post_init__(self) -> None:
-        for name in ("tp", "ep", "timeout"):
+        for name in ("tp", "ep", "join_timeout", "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.watch_seconds < self.timeout:
+            raise ValueError(
+                f"parallel.watchdog must be below parallel.timeout ({self.timeout}), at which all give up without a "
+                f"word on who hangs where, or null (half of it), or 0 (never); got {self.watchdog}"
+            )
         if self.etp not in (None, 1, self.tp):
             allowed = "1" if self.tp == 1 else f"1 or tp ({self.tp})"
             raise ValueError(f"parallel.etp must be {allowed}, got {self.etp}")
@@ -32,6 +43,11 @@ class ParallelConfig:
             if getattr(self, name) not in allowed_values:
                 choices = ", ".join(map(str, allowed_values))
                 raise ValueError(f"parallel.{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+    @property
+    def watch_seconds(self) -> float:
+        """How long no process may move; 0: as long as it likes."""
+        return self.timeout / 2 if self.watchdog is None else self.watchdog
 
     @property
     def expert_tp(self) -> int:

@@ -27,10 +27,11 @@ class Footprint:
     gradients: int  # when the last backward of a step ends: its own, and the sums so far
     buckets: int  # what gradients pass through while they are summed
     optimizer: int  # masters and two moments, fp32 or fp64; in host memory where offloaded
+    snapshot: int  # their copy in host memory, at most, while a checkpoint is written in the background
 
     @property
     def total(self) -> int:
-        """Bytes of everything."""
+        """Bytes of everything that always stands."""
         return self.parameters + self.gradients + self.buckets + self.optimizer
 
 
@@ -66,7 +67,7 @@ def footprint(
     under ZeRO (see `ZeroEngine`) stands in full, and needs no other masters where it is not narrower.
     """
     item = wide_dtype(dtype).itemsize
-    parameters = gradients = optimizer = 0
+    parameters = gradients = optimizer = snapshot = 0
     buckets = {"dp": 0, "edp": 0}
     for group in parameter_groups(config, registry, mesh, dtype):
         withheld = shares_nothing(group.axis, parallel) or (experts_outside and group.axis_name == "edp")
@@ -74,6 +75,7 @@ def footprint(
         interval = group.size if withheld else group.padded // group.axis.size
         parameters += own if withheld else group.padded * group.dtype.itemsize
         optimizer += (3 if not withheld or is_narrow(group.dtype) else 2) * item * interval
+        snapshot += 3 * item * interval if not withheld or group.axis.rank == 0 else 0
         buckets[group.axis_name] += 0 if withheld else group.size
         if withheld or parallel.zero_stage == 1:
             # Wide sums beside the last backward's own; with one backward a step those are gone when these stand.
@@ -86,6 +88,7 @@ def footprint(
         gradients=gradients,
         buckets=sum(min(size, BUCKET) * item for size in buckets.values()),
         optimizer=optimizer,
+        snapshot=snapshot,
     )
 
 

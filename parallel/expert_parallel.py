@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels.backend import TORCH, Backends
 from ..kernels.permute import combine, permute
 from ..kernels.positions import Positions, positions
 from ..moe.layer import MoELayer
@@ -30,7 +31,8 @@ def apply_expert_parallel(model: Transformer, mesh: Mesh, sharding: Sharding) ->
         return
     for module in model.modules():
         if isinstance(module, MoELayer):
-            module.dispatcher = AllToAllDispatcher(mesh, sharding.placement[module.layer])  # type: ignore[assignment]
+            placement = sharding.placement[module.layer]
+            module.dispatcher = AllToAllDispatcher(mesh, placement, module.backends)  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,8 @@ class AllToAllReceipt:
 class AllToAllDispatcher:
     """See `moe.dispatch.Dispatcher`. Rows of an expert come by source rank, then in token order."""
 
-    def __init__(self, mesh: Mesh, placement: tuple[tuple[int, ...], ...]) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, placement: tuple[tuple[int, ...], ...], backends: Backends = TORCH) -> None:
+        self.mesh, self.backends = mesh, backends
         self.shares_tokens = mesh.tp.size > 1 and mesh.etp.size == 1
         self.sizes = [len(experts) for experts in placement]
         # Experts of a rank become neighbours: place_E[e] is expert e's position in the order of the ranks.
@@ -61,7 +63,9 @@ class AllToAllDispatcher:
         """Sort by rank and expert, tell everyone how many rows come, send them; see `Dispatcher`."""
         place_BSK = self.place_E.to(x_TD.device)[routing.expert_BSK]
         # Capacity is a matter of whole sequences, so it is settled before tokens are shared out.
-        order = positions(place_BSK, routing.num_experts, capacity_B=routing.capacity_B)
+        order = positions(
+            place_BSK, routing.num_experts, capacity_B=routing.capacity_B, backend=self.backends.positions
+        )
         dropped = (order.row_TK < 0).sum()
         weight_TK, num_tokens = routing.weight_BSK.flatten(0, 1), x_TD.shape[0]
         if self.shares_tokens:
@@ -69,7 +73,7 @@ class AllToAllDispatcher:
             x_TD, weight_TK = (scatter_rows(self._padded(tensor), self.mesh.tp) for tensor in (x_TD, weight_TK))
         else:
             x_TD, weight_TK = copy(x_TD, self.mesh.etp), copy(weight_TK, self.mesh.etp)
-        rows_RD = permute(x_TD, order, weight_TK.shape[1])
+        rows_RD = permute(x_TD, order, weight_TK.shape[1], backend=self.backends.permute)
         sent_PL = self._by_rank(order.count_E)
         received_PL = exchange_counts(sent_PL, self.mesh.ep)
         sent, received = sent_PL.sum(1).tolist(), received_PL.sum(1).tolist()
@@ -92,7 +96,7 @@ class AllToAllDispatcher:
         """Send results back to where the rows came from; weigh and add them up; see `Dispatcher`."""
         rows_RD = reorder(rows_RD, receipt.inverse_R, receipt.source_R)
         rows_RD = exchange_rows(rows_RD, receipt.received, receipt.sent, self.mesh.ep)
-        out_TD = combine(rows_RD, receipt.weight_TK, receipt.positions)
+        out_TD = combine(rows_RD, receipt.weight_TK, receipt.positions, backend=self.backends.permute)
         if self.shares_tokens:
             return gather_rows(out_TD, self.mesh.tp)[: receipt.num_tokens]
         return reduce(out_TD, self.mesh.etp)

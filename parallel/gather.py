@@ -5,6 +5,8 @@ write in parallel. In round k every owner receives the kth tensor of its files, 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from itertools import zip_longest
 from typing import NamedTuple, NoReturn
 
@@ -28,7 +30,6 @@ class Gathered(Mapping[str, NamedTensor]):
     """
 
     def __init__(self, pieces: Iterable[Piece], world: Axis) -> None:
-        self.world = world
         self.here: dict[str, list[Piece]] = {}
         for piece in pieces:
             if piece.end > piece.begin:
@@ -53,6 +54,19 @@ class Gathered(Mapping[str, NamedTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def snapshot(self) -> "Gathered":
+        """Return the state as it stands now, this process's pieces copied to host memory; nobody is asked."""
+        taken = copy(self)
+        taken.here = {
+            name: [replace(piece, tensor=host_copy(piece.tensor)) for piece in held] for name, held in self.here.items()
+        }
+        return taken
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy of its own in host memory."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def write_gathered(

@@ -28,6 +28,7 @@ def build_mesh(parallel: ParallelConfig) -> Mesh:
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.expert_tp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.timeout / 60,  # else 30 minutes, whatever torch's own groups have
     )
     return Mesh(
         world=_axis(distributed.group.WORLD),

@@ -3,8 +3,10 @@
 The dense part of the model lies on dp x tp, the experts on edp x ep x etp: the same processes, cut in two ways.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
+from torch import distributed
 from torch.distributed import ProcessGroup
 
 
@@ -33,3 +35,13 @@ def single_mesh() -> Mesh:
     """One process, without torch.distributed."""
     alone = Axis(group=None, rank=0, size=1)
     return Mesh(world=alone, dp=alone, tp=alone, ep=alone, etp=alone, edp=alone)
+
+
+def background_axis(world: Axis, timeout: float) -> Axis:
+    """Return all processes in a gloo group of their own, for what talks beside training. All call it.
+
+    Nobody waits longer than `timeout` seconds.
+    """
+    if world.size == 1:
+        return world
+    return replace(world, group=distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))

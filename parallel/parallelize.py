@@ -4,6 +4,7 @@ from typing import NoReturn
 
 import torch
 
+from ..kernels.backend import TORCH, Backends
 from ..moe.config import ModelConfig
 from ..moe.domains import DomainRegistry
 from ..moe.model import Transformer
@@ -24,6 +25,7 @@ def parallelize(
     *,
     seed: int,
     device: torch.device,
+    backends: Backends = TORCH,
 ) -> Transformer:
     """Return this process's part of the model, its initial weights drawn; an engine takes it from here.
 
@@ -34,7 +36,7 @@ def parallelize(
     labels of the global batch.
     """
     with torch.device("meta"):
-        model = Transformer(config, registry)
+        model = Transformer(config, registry, backends)
     sharding = Sharding(config, registry, mesh)
     cut_parameters(model, sharding)
     apply_tensor_parallel(model, mesh)

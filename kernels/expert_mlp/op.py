@@ -3,31 +3,83 @@
 The loop is deliberate: an expert's arithmetic sees its own rows and weights and nothing else, so a submodel with fewer
 experts computes the same bits. The backward keeps the rows and the pre-activation and recomputes the activation.
 
-Shape letters: R rows, M rows of one expert (padded with zero rows), D model width, F expert hidden width, G = 2F (gate
-rows, then up rows), E experts.
+Shape letters: T tokens, K top-k, R rows, M rows of one expert (padded with zero rows), D model width, F expert hidden
+width, G = 2F (gate rows, then up rows), E experts.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
+from ..backend import Backend
 from ..linear import padded, padded_size, product
+from ..permute import combine, permute
+from ..positions import Positions
 from ..swiglu.op import swiglu_backward, swiglu_forward
 
 
 def expert_mlp(
-    rows_RD: torch.Tensor, count_E: torch.Tensor, gate_up_EGD: torch.Tensor, down_EDF: torch.Tensor
+    rows_RD: torch.Tensor,
+    count_E: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    backend: Backend = "torch",
 ) -> torch.Tensor:
     """`down (silu(gate x) * up x)` with each row's own expert; returns rows_RD of the same dtype.
 
     rows_RD [R, D] grouped by expert in expert order; count_E int64 [E], rows of each expert, summing to R; gate_up_EGD
     [E, 2F, D], the first F rows of an expert its gate; down_EDF [E, D, F]. All of one float dtype. An expert without
-    rows gets a zero gradient. Raises ValueError if the counts do not add up to R.
+    rows gets a zero gradient. Raises ValueError if the counts do not add up to R (Triton does not look), and for what
+    Triton does not do: fp64, D or F that are no multiple of 16.
     """
+    if backend == "triton":
+        return _triton_mlp(rows_RD, None, None, count_E, gate_up_EGD, down_EDF)
     counts = count_E.tolist()
     if sum(counts) != rows_RD.shape[0]:
         raise ValueError(f"expert_mlp: counts add up to {sum(counts)} rows, but {rows_RD.shape[0]} were given")
     return _ExpertMlp.apply(rows_RD, counts, gate_up_EGD, down_EDF)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def moe_mlp(
+    x_TD: torch.Tensor,
+    weight_TK: torch.Tensor,
+    positions: Positions,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    backend: Backend = "torch",
+) -> torch.Tensor:
+    """Each token's weighted sum over its experts, `permute`, `expert_mlp` and `combine` in one: x_TD of the same dtype.
+
+    weight_TK fp32; a dropped pair adds 0 and its weight has gradient 0. Weights and errors as in `expert_mlp`. With
+    Triton no row of D is kept for the backward, and the host waits for nothing.
+    """
+    if backend == "triton":
+        return _triton_mlp(x_TD, weight_TK.float(), positions, positions.count_E, gate_up_EGD, down_EDF)
+    rows_RD = expert_mlp(permute(x_TD, positions, weight_TK.shape[1]), positions.count_E, gate_up_EGD, down_EDF)
+    return combine(rows_RD, weight_TK, positions)
+
+
+def _triton_mlp(
+    x_TD: torch.Tensor,
+    weight_TK: torch.Tensor | None,
+    where: Positions | None,
+    count_E: torch.Tensor,
+    gate_up_EGD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    from .triton import expert_mlp_forward
+
+    for name, size in (("D", down_EDF.shape[1]), ("F", down_EDF.shape[2])):
+        if size % 16:
+            raise ValueError(f"the Triton experts take {name} as a multiple of 16, not {size}: use kernels=torch")
+    dtypes = {x_TD.dtype, gate_up_EGD.dtype, down_EDF.dtype}
+    if len(dtypes) > 1 or x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the Triton experts take fp32, bf16 or fp16 throughout, not {dtypes}: use kernels=torch")
+    row_TK, source_R = (None, None) if where is None else (where.row_TK, where.source_R)
+    out: torch.Tensor = expert_mlp_forward(x_TD, weight_TK, row_TK, source_R, count_E, gate_up_EGD, down_EDF)[0]
+    return out
 
 
 class _ExpertMlp(torch.autograd.Function):

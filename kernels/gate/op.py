@@ -11,20 +11,43 @@ from typing import Any
 
 import torch
 
+from ..backend import Backend
 from .reference import Gate
 
 
-def gate(logits_BSE: torch.Tensor, top_k: int, *, bias_E: torch.Tensor | None = None, renormalize: bool = True) -> Gate:
+def gate(
+    logits_BSE: torch.Tensor,
+    top_k: int,
+    *,
+    bias_E: torch.Tensor | None = None,
+    renormalize: bool = True,
+    backend: Backend = "torch",
+) -> Gate:
     """Choose top_k experts a token by softmax probability (plus bias_E, which only selects); ties go to the lower id.
 
     logits_BSE [B, S, E] of any float dtype, taken in fp32 (fp64 stays fp64). Weights are the chosen probabilities,
-    divided by their sum where renormalize is set. Raises ValueError if top_k is not in 1..E.
+    divided by their sum where renormalize is set. Raises ValueError if top_k is not in 1..E, or for what the Triton
+    gate does not do: fp64, more than 16 choices or 4096 experts.
     """
     E = logits_BSE.shape[-1]
     if not 1 <= top_k <= E:
         raise ValueError(f"gate: top_k must lie between 1 and the number of experts ({E}), not {top_k}")
-    wide = torch.promote_types(logits_BSE.dtype, torch.float32)
-    return Gate(*_Gate.apply(logits_BSE.to(wide), top_k, bias_E, renormalize))  # type: ignore[no-untyped-call]
+    logits_BSE = logits_BSE.to(torch.promote_types(logits_BSE.dtype, torch.float32))
+    if backend == "triton":
+        return _triton_gate(logits_BSE, top_k, bias_E, renormalize)
+    return Gate(*_Gate.apply(logits_BSE, top_k, bias_E, renormalize))  # type: ignore[no-untyped-call]
+
+
+def _triton_gate(logits_BSE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None, renormalize: bool) -> Gate:
+    from .triton import MOST_CHOICES, MOST_EXPERTS, gate_forward
+
+    E = logits_BSE.shape[-1]
+    if logits_BSE.dtype != torch.float32 or top_k > MOST_CHOICES or E > MOST_EXPERTS:
+        raise ValueError(
+            f"the Triton gate takes fp32, top_k up to {MOST_CHOICES} and up to {MOST_EXPERTS} experts, got "
+            f"{logits_BSE.dtype}, {top_k} and {E}: use kernels=torch"
+        )
+    return Gate(*gate_forward(logits_BSE, None if bias_E is None else bias_E.float(), top_k, renormalize)[:5])
 
 
 def choose(

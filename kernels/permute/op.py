@@ -7,23 +7,44 @@ from typing import Any
 
 import torch
 
+from ..backend import Backend
 from ..positions import Positions
 
 
-def permute(x_TD: torch.Tensor, positions: Positions, top_k: int) -> torch.Tensor:
+def permute(x_TD: torch.Tensor, positions: Positions, top_k: int, *, backend: Backend = "torch") -> torch.Tensor:
     """Copy each token to the rows of its routed pairs: rows_RD[r] = x_TD[source_R[r] // top_k], same dtype.
 
-    The backward sums a token's kept rows in choice order, in fp32.
+    The backward sums a token's kept rows in choice order, in fp32. Raises ValueError for fp64 with Triton.
     """
+    if backend == "triton":
+        from .triton import permute_forward
+
+        _check_dtype(x_TD)
+        rows_RD: torch.Tensor = permute_forward(x_TD, positions.row_TK, positions.source_R.numel())
+        return rows_RD
     return _Permute.apply(x_TD, positions.row_TK, positions.source_R, top_k)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def combine(rows_RD: torch.Tensor, weight_TK: torch.Tensor, positions: Positions) -> torch.Tensor:
+def combine(
+    rows_RD: torch.Tensor, weight_TK: torch.Tensor, positions: Positions, *, backend: Backend = "torch"
+) -> torch.Tensor:
     """Weighted sum of each token's rows, x_TD[t] = sum_k weight_TK[t, k] rows_RD[row_TK[t, k]], in the rows' dtype.
 
-    weight_TK fp32; sums in fp32, in choice order. A dropped pair adds 0 and its weight has gradient 0.
+    weight_TK fp32; sums in fp32, in choice order. A dropped pair adds 0 and its weight has gradient 0. Raises
+    ValueError for fp64 with Triton.
     """
+    if backend == "triton":
+        from .triton import combine_forward
+
+        _check_dtype(rows_RD)
+        out_TD: torch.Tensor = combine_forward(rows_RD, weight_TK.float(), positions.row_TK)
+        return out_TD
     return _Combine.apply(rows_RD, weight_TK, positions.row_TK, positions.source_R)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _check_dtype(x_TD: torch.Tensor) -> None:
+    if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"Triton moves rows of fp32, bf16 and fp16, not {x_TD.dtype}: use kernels=torch")
 
 
 def _gather(

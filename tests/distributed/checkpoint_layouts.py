@@ -12,6 +12,7 @@ from sigmoe.launch.trainer import Trainer
 from sigmoe.moe.data.dataset import open_dataset
 from sigmoe.moe.storage.checkpoint import open_checkpoint
 from sigmoe.parallel.checkpointer import Checkpointer
+from sigmoe.parallel.mesh import background_axis
 
 WORLD = 4  # processes, of which two run the layouts of two
 SAVED, END = 2, 4
@@ -67,6 +68,7 @@ def world_of(layout):
 
 
 MESHES = {}  # the last one
+BACKGROUND = {}  # its group for saves beside training
 
 
 def build(model, layout, dataset, world):
@@ -84,6 +86,7 @@ def mesh_of(config, opened, world):
         if MESHES and world.size > 1:
             importlib.import_module("sigmoe.parallel.megatron").forget_groups()
         MESHES.clear()
+        BACKGROUND.clear()
         MESHES[key] = build_mesh(config, config.model.build_registry(opened.domain_names), world)
     return MESHES[key]
 
@@ -95,6 +98,14 @@ def advance(trainer, until):
         step = trainer.train_step()
         told.append([step.loss, step.grad_norm])
     return told
+
+
+def begin_save(trainer, folder):
+    world = trainer.mesh.world
+    if world.size not in BACKGROUND:
+        BACKGROUND[world.size] = background_axis(world, 200)
+    checkpointer = Checkpointer(folder, keep=None, world=world, background=BACKGROUND[world.size])
+    return checkpointer.begin_save(trainer.step, checkpoint_content(trainer, {}, {}))
 
 
 def save(trainer, folder, at=None):
@@ -114,11 +125,12 @@ def uninterrupted(model, layout, dataset, world, folder):
 
 
 def interrupted(model, layout, dataset, world, saved, folder):
-    """Load, save again at once, go on, save; return what the second half told."""
+    """Load, save again beside going on, save; return what the second half told."""
     trainer = build(model, layout, dataset, world)
     restore(trainer, open_checkpoint(saved / f"step-{SAVED:08}"))
-    save(trainer, folder)
+    saving = begin_save(trainer, folder)
     told = advance(trainer, END)
+    saving.result()
     save(trainer, folder)
     return told
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from checkpoint_layouts import MESHES, build, interrupted, pairs, save, savers, uninterrupted, world_of
+from checkpoint_layouts import BACKGROUND, MESHES, build, interrupted, pairs, save, savers, uninterrupted, world_of
 from collective_counter import CollectiveCounter, plain
 from routed_rows import micro_batches, watch_rows
 from torch import distributed
@@ -128,6 +128,7 @@ def world_of_size(size, rank, folder, name):
         yield Axis(group=distributed.group.WORLD, rank=rank, size=size)
     finally:
         MESHES.clear()
+        BACKGROUND.clear()
         forget_groups()
         distributed.destroy_process_group()
 

@@ -22,7 +22,9 @@ def footprint_of(case, run, gradients):
     whole = [parameter for part in parts if isinstance(part, ReplicatedShards) for parameter in part.parameters]
     masters = [interval.master for interval in optimizer.intervals]
     moments = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    state = run.engine.held()
     held = {
+        "snapshot": sum(piece.tensor.nbytes for piece in (*state.model, *state.optimizer)),
         "parameters": size([flat for zero in shared for flat in zero.bit16_groups_flat] + whole),
         "optimizer": size(masters + whole) - size(whole) + size(moments),  # a parameter may be its own master
         # By setting: a bucket lives only while gradients are summed.

@@ -1,8 +1,10 @@
 """Kills one of two ranks at a disk operation of their save, and looks at what both of a later run find. Prints JSON.
 
-    python kill_save_together.py FOLDER
+    python kill_save_together.py FOLDER beside|waiting POINTS
 
-Step 4 stands, 6 is saved. Every rank is a fork of this process: nothing is imported twice.
+POINTS of each rank's disk operations are tried, spread over all of them.
+Step 4 stands, 6 is saved, beside other collectives or while all wait. Every rank is a fork of this process: nothing is
+imported twice.
 """
 
 import json
@@ -20,11 +22,11 @@ from torch import distributed
 from sigmoe.moe.storage.checkpoint import CheckpointContent, open_checkpoint
 from sigmoe.parallel.checkpointer import Checkpointer
 from sigmoe.parallel.gather import Gathered
-from sigmoe.parallel.mesh import Axis
+from sigmoe.parallel.mesh import Axis, background_axis
 from sigmoe.parallel.pieces import Piece
 
 WAIT, LIMIT = 10, 25  # seconds that a rank waits for the other, and until it must have ended
-POINTS = 8  # of each rank, spread over its disk operations
+TRAINED = 20  # collectives of the main thread while another saves
 FAILED = 3
 EXPERT = "model.layers.0.block_sparse_moe.experts.{}.w{}.weight"
 
@@ -56,11 +58,19 @@ def join(rank, rendezvous):
     return Axis(group=distributed.group.WORLD, rank=rank, size=2)
 
 
-def save(world, folder, step, nth):
+def save(world, folder, step, nth, *, beside=False):
     """Save, dying at the nth operation (0: never); returns how many there were."""
     saved = content(step, world)
+    background = background_axis(world, WAIT) if beside else None
+    checkpointer = Checkpointer(folder, keep=2, world=world, background=background)
     done = install(nth)
-    Checkpointer(folder, keep=2, world=world).save(step, saved)
+    if beside:
+        saving = checkpointer.begin_save(step, saved)
+        for _ in range(TRAINED):
+            distributed.all_reduce(torch.ones(100))
+        saving.result()
+    else:
+        checkpointer.save(step, saved)
     return len(done)
 
 
@@ -120,12 +130,12 @@ def look(folder):
     return steps, (folder / "latest").read_text(), sorted(path.name for path in folder.iterdir())
 
 
-def problems_at(base, expected, work, victim, nth):
+def problems_at(base, expected, work, victim, nth, beside):
     """Why this point was not survived; empty where it was."""
     folder = work / f"{victim}-{nth}"
     shutil.copytree(base, folder / "run")
     status, _, seconds = both(
-        folder / "killed", lambda world: save(world, folder / "run", 6, nth * (world.rank == victim))
+        folder / "killed", lambda world: save(world, folder / "run", 6, nth * (world.rank == victim), beside=beside)
     )
     problems = []
     if status[victim] != -9:
@@ -145,19 +155,19 @@ def problems_at(base, expected, work, victim, nth):
     return problems
 
 
-def main(folder):
+def main(folder, beside, points):
     base, reference = folder / "base", folder / "reference"
     base.mkdir(parents=True)
     assert both(folder / "first", lambda world: save(world, base, 4, 0))[0] == [0, 0]
     shutil.copytree(base, reference)
-    status, operations, _ = both(folder / "second", lambda world: save(world, reference, 6, 0))
+    status, operations, _ = both(folder / "second", lambda world: save(world, reference, 6, 0, beside=beside))
     assert status == [0, 0], operations
     expected, problems, tried = look(reference), {}, 0
     for victim in range(2):
         last = operations[victim]
-        for nth in sorted({1 + (last - 1) * place // (POINTS - 1) for place in range(POINTS)}):
+        for nth in sorted({1 + (last - 1) * place // (points - 1) for place in range(points)}):
             tried += 1
-            found = problems_at(base, expected, folder, victim, nth)
+            found = problems_at(base, expected, folder, victim, nth, beside)
             if found:
                 problems[f"rank {victim}, operation {nth}"] = found
     return {"operations": operations, "tried": tried, "problems": problems}
@@ -165,4 +175,4 @@ def main(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2] == "beside", int(sys.argv[3]))))

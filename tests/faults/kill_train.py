@@ -54,14 +54,14 @@ def train_until_step(folder, overrides, step):
 
 def train_until_operation(folder, overrides, nth):
     """Die at the nth disk operation (0: never); returns all that were done, and which of them belong to saves."""
-    done, saves, save = [], [], Checkpointer.save
+    done, saves, write = [], [], Checkpointer._write
 
-    def noted(checkpointer, step, content):
+    def noted(*arguments):
         begin = len(done)
-        save(checkpointer, step, content)
+        write(*arguments)
         saves.append([begin + 1, len(done)])
 
-    Checkpointer.save = noted
+    Checkpointer._write = noted
     done = install(nth)
     train(folder, overrides)
     return {"operations": done, "saves": saves}

@@ -5,11 +5,11 @@ import os
 EVERYTHING = os.environ.get("SIGMOE_FAULTS") == "all"  # `make faults` tries every disk operation
 
 
-def test_a_killed_calibration_goes_on(run_program, memory_folder):
+def test_a_killed_calibration_goes_on(run_program, memory_folder, survived):
     every, moments = (1, 30) if EVERYTHING else (9, 3)
     found = run_program("kill_calibration.py", memory_folder / "calibration", every, moments)
     points, problems, passed = found["points"], found["problems"], found["passed"]
-    print(f"kill -9 in a calibration: points tried {points}, survived {points - len(problems)}")
+    survived("kill -9 in a calibration", points, points - len(problems))
     assert problems == {}
     assert points >= 10
     assert {"mkdir", "write", "fsync", "replace", "rename", "unlink"} <= set(found["operations"])

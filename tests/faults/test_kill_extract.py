@@ -7,11 +7,11 @@ import pytest
 from sigmoe.launch.main import main
 
 
-def test_a_killed_extraction_leaves_a_whole_submodel_or_none(run_program, memory_folder, tiny):
+def test_a_killed_extraction_leaves_a_whole_submodel_or_none(run_program, memory_folder, tiny, survived):
     found = run_program("kill_extract.py", memory_folder, *tiny)
     for scenario, outcome in found.items():
         points, problems = outcome["points"], outcome["problems"]
-        print(f"kill -9 in an extraction ({scenario}): points tried {points}, survived {points - len(problems)}")
+        survived("kill -9 in an extraction", points, points - len(problems))
         assert problems == {}
         assert points >= {"one": 20, "both": 8}[scenario]
         assert {"mkdir", "write", "fsync", "rename"} <= set(outcome["operations"])

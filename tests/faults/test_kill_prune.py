@@ -5,10 +5,10 @@ import os
 EVERYTHING = os.environ.get("SIGMOE_FAULTS") == "all"  # `make faults` kills thirty times
 
 
-def test_a_killed_prune_goes_on(run_program, memory_folder):
+def test_a_killed_prune_goes_on(run_program, memory_folder, survived):
     found = run_program("kill_prune.py", memory_folder / "prune", 30 if EVERYTHING else 6)
     points, problems, kept = found["points"], found["problems"], found["kept"]
-    print(f"kill -9 in a prune: points tried {len(points)}, survived {len(points) - len(problems)}")
+    survived("kill -9 in a prune", len(points), len(points) - len(problems))
     assert problems == {}
     assert {"mkdir", "write", "fsync", "rename"} <= set(found["operations"])
     weights = [name for name in found["files"] if name.endswith(".safetensors")]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in `sigmoe train`: it saves, says how to go on, and what goes on ends with the same bits."""
+"""Ctrl-C, SIGTERM and SIGUSR1 in `sigmoe train`: it saves, and what goes on ends with the same bits."""
 
 import fcntl
 import json
@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from sigmoe.launch.session import Session
+from sigmoe.launch.stop import StopRequest
 from sigmoe.launch.trainer import Trainer
 
 ALL = 200
@@ -42,7 +44,7 @@ def send_at(monkeypatch):
     return send
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_stopped_run_ends_as_the_undisturbed_one(train, tmp_path, capfd, send_at, number):
     assert train("out=whole") == 0
     send_at(number, step=3)
@@ -59,6 +61,61 @@ def test_the_second_ctrl_c_stops_at_once_and_leaves_what_was_saved(train, tmp_pa
     assert steps(tmp_path / "run") == [2]
     assert train("out=run", "save.every=2") == 0
     assert steps(tmp_path / "run") == [6, 8, 10]
+
+
+@pytest.mark.parametrize("stage", ["resume", "run"])
+def test_a_signal_before_the_first_step_leaves_nothing_to_save(train, tmp_path, capfd, monkeypatch, stage):
+    before = getattr(Session, stage)
+
+    def sending(session):
+        signal.raise_signal(signal.SIGTERM)
+        return before(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, stage, sending)
+        assert train("out=run") == 0
+    assert "stopped at step 0, before there was anything to save; to resume, run again: " in capfd.readouterr().err
+    assert steps(tmp_path / "run") == []
+    assert train("out=run") == 0
+    assert steps(tmp_path / "run") == [10]
+
+
+def test_a_signal_in_the_last_evaluation_costs_no_step(train, tmp_path, monkeypatch):
+    evaluate = Session._evaluate
+
+    def sending(session, metrics):
+        if session.trainer.step == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(session, metrics)
+
+    assert train("out=whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_evaluate", sending)
+        assert train("out=run") == 0
+    assert manifest(tmp_path / "run", 10) != manifest(tmp_path / "whole", 10)  # it lacks the evaluation
+    assert train("out=run") == 0
+    assert manifest(tmp_path / "run", 10) == manifest(tmp_path / "whole", 10)
+
+
+def test_with_several_ranks_a_launchers_echo_is_no_second_ctrl_c(monkeypatch):
+    """torchrun passes Ctrl-C on to ranks whom the terminal has told already."""
+    asked, now, before = StopRequest(several=True), [100.0], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with asked.listening(), asked.interruptible():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            now[0] += 6
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert asked.asked
+        assert signal.getsignal(signal.SIGTERM) == asked._ask  # still: ranks do not leave at the same moment
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def read_until(lines, start):

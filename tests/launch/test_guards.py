@@ -200,12 +200,14 @@ def test_sigterm_in_the_last_evaluation_loses_nothing(train, tmp_path, capfd, mo
         assert signal.getsignal(signal.SIGTERM) is unheard
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert heard == ["recipes", "ships"] * 2
+    assert heard == ["recipes", "ships", "recipes"]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000010\n"
+    assert train("out=run") == 0
+    assert heard[3:] == ["recipes", "ships"]
     assert "heldout_loss/ships" in rows(tmp_path / "run/metrics.jsonl")[-1]
     capfd.readouterr()
     assert train("out=run") == 0
-    assert "stands at step 10 already" in capfd.readouterr().err
+    assert "stands at step 10 already" in capfd.readouterr().err and len(heard) == 5
 
 
 def test_tables_drop_columns_but_never_cut_a_figure(capsys, monkeypatch):

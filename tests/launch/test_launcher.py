@@ -1,10 +1,11 @@
 """Which process of how many this is: read from a launcher's environment, or refused in one line."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
-from sigmoe.launch.launcher import Cluster, find_cluster, find_mpi, torchrun_command
+from sigmoe.launch.launcher import Cluster, find_cluster, find_mpi, launch_command
 from sigmoe.launch.main import COMMANDS, main
 
 TORCHRUN = {
@@ -15,47 +16,139 @@ TORCHRUN = {
     "MASTER_ADDR": "10.0.0.1",
     "MASTER_PORT": "29500",
 }
+DEEPSPEED = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_WORLD_SIZE"} | {
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+}
+# What the shell of a batch job has, and what srun adds for its tasks.
+BATCH = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_JOB_NODELIST": "gpu[07-09],login1",
+    "SLURM_NTASKS": "5",
+    "SLURM_NNODES": "4",
+    "SLURM_TASKS_PER_NODE": "1(x3),2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+SRUN = BATCH | {
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_NODELIST": "gpu[08-09,12],login1",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x3),2",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "3",
+}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "3"}
+
+BY_TORCHRUN = Cluster(
+    launcher="torchrun", rank=3, size=4, local_rank=1, local_size=2, address="10.0.0.1", port=29500, attempt=0
+)
+BY_SRUN = Cluster(
+    launcher="srun", rank=4, size=5, local_rank=1, local_size=2, address="gpu08", port=12_000 + (16 * 4242 + 1) % 20_000
+)
 
 
-def test_torchruns_environment():
-    assert find_cluster(TORCHRUN) == Cluster(rank=3, size=4, local_rank=1, local_size=2)
+def test_every_launchers_environment():
+    assert find_cluster(TORCHRUN) == BY_TORCHRUN
+    assert find_cluster(DEEPSPEED) == replace(BY_TORCHRUN, launcher="deepspeed")
+    assert find_cluster(SRUN) == BY_SRUN
+    for environment in (OPEN_MPI, MPICH):
+        found = find_cluster(environment)
+        assert (found.launcher, found.rank, found.size) == ("mpirun", 1, 3)
+        assert find_mpi(environment) == found
+
+
+def test_torchruns_store_and_restarts_are_known():
+    found = find_cluster(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"})
+    assert found == replace(BY_TORCHRUN, launcher_keeps_store=True, attempt=2)
+
+
+def test_the_innermost_launcher_counts():
+    assert find_cluster(SRUN | OPEN_MPI | TORCHRUN) == BY_TORCHRUN
+    assert find_cluster(SRUN | OPEN_MPI).launcher == "mpirun"
+    # MPICH's mpirun in a job starts its proxies by srun; srun --mpi=pmi2 speaks PMI itself.
+    assert find_cluster(SRUN | MPICH).launcher == "mpirun"
+    assert find_cluster(SRUN | {"PMI_RANK": "4", "PMI_SIZE": "5"}) == BY_SRUN
 
 
 def test_without_a_launcher_there_is_one_process():
     assert find_cluster({}) is None
     assert find_cluster({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}) is None
+    assert find_cluster(BATCH) is None
+    # salloc's shell, where Slurm makes it a step of its own (slurm.h: 0xfffffffa), whatever its number of tasks.
+    assert find_cluster(SRUN | {"SLURM_STEP_ID": "4294967290"}) is None
+
+
+def test_a_launcher_of_one_process_is_none():
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert find_cluster(TORCHRUN | alone) is None
-
-
-@pytest.mark.parametrize("prefix", ["OMPI_COMM_WORLD", "PMI"])
-def test_mpiruns_environment(prefix):
-    found = find_mpi({f"{prefix}_RANK": "1", f"{prefix}_SIZE": "3"})
-    assert found is not None and (found.rank, found.size) == (1, 3)
-    assert find_mpi({f"{prefix}_RANK": "0", f"{prefix}_SIZE": "1"}) is None
-    assert find_mpi({}) is None
-
-
-@pytest.mark.parametrize("missing", TORCHRUN)
-def test_what_is_missing_is_named(missing):
-    with pytest.raises(ValueError, match=rf"\A[A-Z_]+ is set, as by a launcher, but {missing} is not: [^\n]+\Z"):
-        find_cluster({key: value for key, value in TORCHRUN.items() if key != missing})
+    assert find_mpi({"PMI_RANK": "0", "PMI_SIZE": "1"}) is None
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    assert find_cluster(SRUN | one | {"SLURM_STEP_TASKS_PER_NODE": "1"}) is None
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("nodes", "first"),
     [
-        ({"RANK": "first"}, "RANK is 'first'"),
-        ({"RANK": "-1"}, "RANK is '-1'"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
-        ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE is 4"),
-        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and LOCAL_WORLD_SIZE is 2"),
-        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE is 5 and WORLD_SIZE is 4"),
+        ("a", "a"),
+        ("b7,a", "b7"),
+        ("node[001-003]", "node001"),
+        ("rack[2,4]n[10-12]-ib,x", "rack2n10-ib"),
+        ("n-1.cluster[3]", "n-1.cluster3"),
     ],
 )
-def test_what_does_not_fit_is_named(change, told):
+def test_the_first_host_of_slurms_list(nodes, first):
+    assert find_cluster(SRUN | {"SLURM_STEP_NODELIST": nodes}).address == first
+
+
+def test_srun_meets_where_it_is_told_to():
+    found = find_cluster(SRUN | {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "4000"})
+    assert (found.address, found.port) == ("10.0.0.9", 4000)
+    ports = {find_cluster(SRUN | {"SLURM_JOB_ID": str(job)}).port for job in range(70_000, 71_000)}
+    assert len(ports) == 1000 and min(ports) >= 12_000 and max(ports) < 32_000
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        *((TORCHRUN, key) for key in TORCHRUN),
+        *((DEEPSPEED, key) for key in DEEPSPEED if not key.startswith(("LOCAL_SIZE", "CROSS"))),
+        *((SRUN, key) for key in SRUN if key not in BATCH or key in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")),
+        *((OPEN_MPI, key) for key in OPEN_MPI),
+        *((MPICH, key) for key in MPICH),
+    ],
+)
+def test_what_is_missing_is_named(environment, missing):
+    told = rf"\A[A-Z_]+ is set, as by (a launcher|srun|mpirun), but {missing} is not: use [^\n]+ or unset [A-Z_]+\Z"
     with pytest.raises(ValueError, match=told):
-        find_cluster(TORCHRUN | change)
+        find_cluster({key: value for key, value in environment.items() if key != missing})
+
+
+@pytest.mark.parametrize(
+    ("environment", "change", "told"),
+    [
+        (TORCHRUN, {"RANK": "first"}, "RANK is 'first'"),
+        (TORCHRUN, {"RANK": "-1"}, "RANK is '-1'"),
+        (TORCHRUN, {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        (TORCHRUN, {"RANK": "4"}, "torchrun says rank 4 of 4"),
+        (TORCHRUN, {"LOCAL_RANK": "2"}, "on its machine 2 of 2"),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "5"}, "rank 3 of 4, and on its machine 1 of 5"),
+        (DEEPSPEED, {"LOCAL_SIZE": "two"}, "LOCAL_SIZE is 'two'"),
+        (SRUN, {"SLURM_NODEID": "5"}, "SLURM_NODEID is 5"),
+        (SRUN, {"SLURM_PROCID": "5"}, "srun says rank 5 of 5"),
+        (SRUN, {"SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE is 'many'"),
+        (SRUN, {"SLURM_STEP_NODELIST": ","}, "SLURM_STEP_NODELIST is ','"),
+        (SRUN, {"MASTER_PORT": "none"}, "MASTER_PORT is 'none'"),
+        (OPEN_MPI, {"OMPI_COMM_WORLD_RANK": "3"}, "mpirun says rank 3 of 3"),
+    ],
+)
+def test_what_does_not_fit_is_named(environment, change, told):
+    with pytest.raises(ValueError, match=told):
+        find_cluster(environment | change)
 
 
 def test_half_a_launcher_is_one_line(monkeypatch, capfd):
@@ -67,7 +160,7 @@ def test_half_a_launcher_is_one_line(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"data", "extract", "convert", "prune"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"train", "data", "extract", "convert", "prune"}))
 def test_commands_of_one_process_refuse_mpirun(monkeypatch, capfd, command, rank, lines):
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
@@ -77,12 +170,28 @@ def test_commands_of_one_process_refuse_mpirun(monkeypatch, capfd, command, rank
     assert all("mpirun" in line for line in told)
 
 
+def test_offline_commands_refuse_other_launchers(monkeypatch, capfd):
+    for key, value in DEEPSPEED.items():
+        monkeypatch.setenv(key, "0" if key == "RANK" else value)
+    assert main(["prune"]) == 2
+    assert capfd.readouterr().err == (
+        "sigmoe prune: deepspeed started 4 processes, this command runs in one: start it alone, or under mpirun\n"
+    )
+
+
+def test_deepspeeds_argument_is_no_setting(capfd):
+    assert main(["train", "--local_rank=0", "--cfg", "dataset=x", "out=y", "seed=7"]) == 0
+    assert "seed: 7" in capfd.readouterr().out
+
+
 def test_the_command_starts_the_same_run_on_more_processes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/sigmoe", "train", "out=a b", "parallel.tp=2"])
     expected = "torchrun --standalone --nproc-per-node 2 -m sigmoe.launch.train 'out=a b' parallel.tp=2"
-    assert torchrun_command(2, "train") == expected
+    assert launch_command(2, "train") == expected
     monkeypatch.setattr(sys, "argv", ["/site/sigmoe/launch/train.py", "out=a b", "parallel.tp=2"])
-    assert torchrun_command(2, "train") == expected
+    assert launch_command(2, "train") == expected
+    expected = "srun --ntasks 2 python -m sigmoe.launch.train 'out=a b' parallel.tp=2"
+    assert launch_command(2, "train", BATCH) == expected
 
 
 @pytest.mark.parametrize(

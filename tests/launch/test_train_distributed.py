@@ -96,7 +96,9 @@ def test_two_ranks_speak_once(two):
     assert sum("2 ranks, cpu" in line for line in err) == 1
     (line,) = [line for line in err if line.startswith("a rank holds ")]
     assert re.search(
-        r"MB of parameters, .+ MB of optimizer state; with rows routed evenly it sends a step dp [0-9.]+ MB, edp", line
+        r"MB of parameters, .+ MB of optimizer state, in host memory [0-9.]+ MB while it is saved; "
+        r"with rows routed evenly it sends a step dp [0-9.]+ MB, edp",
+        line,
     ), line
     assert [line for line in err if "arn" in line] == []
     assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2, 3, 4, 5]
@@ -146,7 +148,7 @@ def test_a_killed_rank_ends_all_and_costs_little(tiny, train, tmp_path):
     assert "".join(err).count("Traceback") == 1, "\n".join(err)  # torchrun's own report
     saved = [name for name in names(tmp_path / "run/checkpoints") if name.startswith("step-")]
     step = int(saved[-1].removeprefix("step-"))
-    assert step >= 4
+    assert step >= 2  # that of step 4 may still have been under way
     assert train(*LONG, f"stop_at={step + 2}", "out=run") == 0
     assert names(tmp_path / "run/checkpoints")[-1] == f"step-{step + 2:08}"
     assert not [name for name in names(tmp_path / "run/checkpoints") if name.startswith(".")]
@@ -206,7 +208,7 @@ def test_other_commands_refuse_a_launcher(tmp_path):
     code, _, err = Run(tmp_path, 2, "checkpoint=x", program=("-m", "sigmoe.launch.verify")).end()
     assert code != 0
     (line,) = [line for line in err if line.startswith("sigmoe verify: ")]
-    assert "this command runs in one process: start it without the launcher" in line
+    assert "torchrun started 2 processes, this command runs in one: start it without the launcher" in line
 
 
 def test_too_large_a_model_is_refused_by_formula(tiny, tmp_path):

@@ -6,7 +6,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from sigmoe.moe.storage import durable
 from sigmoe.moe.storage.checkpoint import MANIFEST, CheckpointContent, checkpoint_bytes, open_checkpoint
 from sigmoe.moe.storage.durable import WriteError
-from sigmoe.moe.storage.tensors import NamedTensor
+from sigmoe.moe.storage.tensors import NamedTensor, named_tensors
 from sigmoe.parallel.checkpointer import Checkpointer
 
 MODEL_FILE = "model/model-00001-of-00001.safetensors"
@@ -222,3 +224,63 @@ def test_leftovers_of_a_killed_save_are_cleared_by_the_next_start(saved):
     saved.path(6).rename(aside)
     assert load(saved) == (6, [])
     assert names(saved) == ["latest", "step-00000002", "step-00000004", "step-00000006"]
+
+
+def manifest(checkpointer, step):
+    return (checkpointer.path(step) / MANIFEST).read_bytes()
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """Let every save wait, before it writes, until this is set."""
+    released = threading.Event()
+    write = Checkpointer._write
+
+    def waiting(*arguments):
+        assert released.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(Checkpointer, "_write", waiting)
+    return released
+
+
+def test_what_is_saved_beside_training_is_the_state_as_it_stood(saved, held_back):
+    """Bytes equal those of a save that waits, though the tensors, one of them a strided view, have moved since."""
+    memory = torch.arange(24.0).view(4, 6)
+    tensors = named_tensors({"model.norm.weight": memory[:, 1:3], "model.embed_tokens.weight": memory})
+    whole = replace(content(8), model=tensors, optimizer={"model.norm.weight.step": tensors["model.norm.weight"]})
+    saving = saved.begin_save(8, whole)
+    begun = memory.clone()
+    memory.add_(1)
+    assert saved.steps() == (2, 4, 6) and not saving.done()
+    held_back.set()
+    assert saving.result(60) == saved.path(8)
+    assert load(saved) == (8, [])
+    memory.copy_(begun)
+    other = Checkpointer(saved.directory.with_name("other"), keep=None)
+    other.save(8, whole)
+    assert manifest(saved, 8) == manifest(other, 8)
+
+
+def test_a_save_beside_training_that_fails_leaves_everything_as_it_was(saved, monkeypatch):
+    before = names(saved)
+
+    def fail(*arguments, **settings):
+        raise KeyError("lost")
+
+    monkeypatch.setattr("sigmoe.parallel.checkpointer.write_checkpoint", fail)
+    with pytest.raises(KeyError, match="lost"):
+        saved.begin_save(8, content(8)).result(60)
+    assert names(saved) == before
+    monkeypatch.undo()
+    assert saved.begin_save(8, content(8)).result(60) == saved.path(8)
+    assert load(saved) == (8, [])
+
+
+def test_too_little_space_is_told_before_anything_is_copied(saved, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    read = []
+    with pytest.raises(WriteError, match="not enough disk space"):
+        saved.begin_save(8, content(8, read=lambda: read.append(1)))
+    assert read == []

@@ -1,0 +1,155 @@
+"""What one of two ranks does wrong: hangs, signals, gradients, data, damage. rank_faults.py runs them all."""
+
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None or find_spec("megatron") is None, reason="needs deepspeed and megatron-core"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(run_program, memory_folder, tiny):
+    return run_program("rank_faults.py", memory_folder / "rank_faults", *tiny)
+
+
+@pytest.fixture
+def holds(survived):
+    """Count points that hold for a row of the table, then assert them."""
+
+    def check(row, points):
+        survived(row, len(points), sum(points.values()))
+        assert all(points.values()), [name for name, held in points.items() if not held]
+
+    return check
+
+
+def losses(run):
+    return [row["loss"] for row in run["rows"] if "loss" in row]
+
+
+def lines(run, rank=0):
+    return run["words"][rank].splitlines()
+
+
+def alike(run, other):
+    """Whether two runs saw the same losses, but for the order of sums."""
+    return losses(run) == pytest.approx(losses(other), rel=1e-4) and len(losses(run)) > 0
+
+
+def test_a_hang_is_named_and_ended(runs, holds):
+    over, one, zero = runs["oversleeps"], runs["rank 1 is stopped"], runs["rank 0 is stopped"]
+    waits = "(step 3) waits in all_reduce, parallel/collectives.py:"
+    said = {
+        "oversleeps": [line for line in lines(over) if "no rank has moved for 2 s" in line],
+        "rank 1": [line for line in lines(one) if "no rank has moved for 2 s" in line],
+        "rank 0": [line for line in lines(zero, 1) if "no rank has moved for 2 s" in line],
+    }
+    told = {
+        "oversleeps": ("rank 1 (step 3) sits at faults/inject.py:", "; rank 0 " + waits),
+        "rank 1": ("rank 1 does not answer; ", "; rank 0 " + waits),
+        "rank 0": ("rank 0 does not answer; ", "; rank 1 " + waits),
+    }
+    holds(
+        "a rank that hangs",
+        {name: len(said[name]) == 1 and all(part in said[name][0] for part in told[name]) for name in told},
+    )
+    assert [over["status"], one["status"], zero["status"]] == [[75, 75], [75, -9], [-9, 75]]
+    assert [over["stacks"], one["stacks"], zero["stacks"]] == [
+        ["stacks-rank0.txt", "stacks-rank1.txt"],
+        ["stacks-rank0.txt"],
+        ["stacks-rank1.txt"],
+    ]
+
+
+def test_a_signal_saves_on_all_ranks_after_the_same_step(runs, holds):
+    points = {name: (runs[name]["status"], runs[name]["steps"]) for name in ("SIGTERM", "SIGUSR1", "SIGINT")}
+    points = {name: found == ([0, 0], [3]) for name, found in points.items()}
+    loading = runs["SIGTERM while loading"]
+    points["while loading"] = (loading["status"], loading["steps"], loading["rows"]) == ([0, 0], [], [])
+    holds("a signal to one rank", points)
+    assert any("stopped at step 3, saved; to resume, run again: " in line for line in lines(runs["SIGUSR1"]))
+    assert any("stopped at step 0, before there was anything to save" in line for line in lines(loading))
+
+
+def test_a_signal_in_the_last_evaluation_costs_no_step(runs, holds):
+    stopped, ended = runs["SIGTERM in the last evaluation"], runs["evaluated"]
+    assert (stopped["status"], stopped["steps"], len(stopped["rows"])) == ([0, 0], [6], 7)
+    holds("a signal in the last evaluation", {"it is made up for": ended["status"] == [0, 0]})
+    assert [row["step"] for row in ended["rows"]] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert ended["model"] == stopped["model"]
+    assert ended["all"] != stopped["all"]  # the last evaluation is in it now
+
+
+def test_all_ranks_skip_a_step_whose_gradient_is_not_finite_on_one(runs, holds):
+    once, good = runs["nan once"], runs["inf for good"]
+    holds(
+        "NaN or Inf in one rank's gradient",
+        {
+            "one step": [row["skipped"] for row in once["rows"] if "loss" in row]
+            == [step == 3 for step in range(1, 7)],
+            "weights": once["model"]["3"] == once["model"]["2"] != once["model"]["4"],
+            "again and again": good["model"]["4"] == good["model"]["2"],
+            "the end": good["status"] == [2, 2] and good["steps"] == [1, 2, 3, 4],
+        },
+    )
+    (line,) = [line for line in lines(good) if line.startswith("sigmoe train: ")]
+    assert "3 steps in a row were skipped; at step 5 the loss is 5." in line
+    assert "the newest checkpoint is of step 4" in line
+
+
+def test_a_spike_that_lasts_is_gone_behind_once(runs, holds):
+    two, one, again = runs["spike"], runs["whole spike"], runs["interrupted spike"]
+    spikes = [row["step"] for row in one["rows"] if row.get("spike")]
+    holds(
+        "a loss spike",
+        {
+            "logged": spikes[:3] == [26, 27, 28],
+            "gone behind once": {step: state["rolled_back"] for step, state in one["guard"].items() if int(step) > 24}
+            == {step: [24, 28] for step in ("28", "32", "36", "40")},
+            "weights": one["model"]["28"] == one["model"]["24"],
+            "resumed in the midst": again["status"] == [0] and again["all"] | {"27": ""} == one["all"] | {"27": ""},
+            "two ranks": two["status"] == [0, 0] and alike(two, one),
+        },
+    )
+    assert two["guard"]["40"]["rolled_back"] == [24, 28]
+    assert [row["step"] for row in two["rows"] if row.get("spike")] == spikes
+    assert any(
+        "step 28: back to the weights and moments of step 24, without the data of the 4 steps" in line
+        for line in lines(two)
+    )
+
+
+def test_no_sample_is_repeated_or_lost_when_ranks_change(runs, holds):
+    changed = runs["ranks"]
+    taken = [sample for samples in changed["samples"] for sample in samples]
+    holds(
+        "ranks changed: 2, 1, 2", {"samples": sorted(taken) == list(range(24)), "losses": alike(changed, runs["whole"])}
+    )
+    assert changed["status"] == [0, 0]
+
+
+def test_experts_and_a_rank_without_a_token(runs, holds):
+    run = runs["no token"]
+    holds(
+        "a rank whose experts get no token",
+        {"ends": run["status"] == [0, 0], "losses": alike(run, runs["whole token"])},
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "lose"])
+def test_a_damaged_shard_is_the_same_line_on_all_ranks(runs, holds, damage):
+    run = runs[damage]
+    (line,) = [line for line in lines(run) if line.startswith("sigmoe train: ")]
+    holds(
+        "a truncated or missing shard", {"refused": run["status"] == [2, 2] and "00001-of-00001.safetensors: " in line}
+    )
+    assert lines(run, 1) == []  # rank 0 has told it
+
+
+def test_ranks_that_differ_are_told_apart(runs, holds):
+    run = runs["another version"]
+    (line,) = [line for line in lines(run) if line.startswith("sigmoe train: ")]
+    told = "rank 1 differs from rank 0: the version of torch is '0' there" in line
+    holds("ranks that differ", {"before anything is written": told and run["status"] == [2, 2] and run["steps"] == []})

@@ -1,0 +1,84 @@
+"""`kernels=`: which implementation a training run computes with."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from sigmoe.kernels.backend import TORCH, Backends
+from sigmoe.launch.kernel_choice import backends_note, choose_backends
+from sigmoe.launch.train_config import TrainConfig
+from sigmoe.moe.storage.checkpoint import open_checkpoint
+
+ROUTERS = {
+    "top_k": ["router=top_k", "router.num_experts=3", "router.capacity_factor=0.8", "~router.sets"],
+    "domain_top_k": ["router=domain_top_k", "router.balance=bias"],
+    "rre": ["router=rre"],
+}
+SMALL = ["steps=3", "global_batch=2", "sequence_length=5", "evaluate.tokens=5", "model.num_layers=1"]
+
+
+def ran(folder):
+    """Losses, norms, balance losses and drops of every step, and the weights after the last."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "grad_norm" in row]
+    reader = open_checkpoint(folder / "checkpoints" / "step-00000003").model
+    figures = [[row[key] for key in ("loss", "grad_norm", "aux_loss", "z_loss", "dropped")] for row in steps]
+    return torch.tensor(figures), {name: reader.read(name) for name in reader.names()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares the interpreter with torch on a CPU")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_training_steps_equal_those_of_torch(train, tmp_path, router):
+    pytest.importorskip("triton")
+    for kernels in ("torch", "triton"):
+        assert train(*ROUTERS[router], *SMALL, f"kernels={kernels}", f"out={kernels}") == 0
+    (want, want_weights), (got, got_weights) = ran(tmp_path / "torch"), ran(tmp_path / "triton")
+    assert len(want) == 3 and (router != "top_k" or want[:, -1].sum() > 0)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
+    assert got_weights.keys() == want_weights.keys()
+    for name, weight in want_weights.items():
+        # Adam divides by the root of the second moment: where gradients are near zero their rounding grows.
+        difference = (got_weights[name] - weight).double().norm()
+        assert difference <= 2e-5 * weight.double().norm(), name
+
+
+def test_a_resumed_run_may_change_it(train, tmp_path):
+    assert train(*SMALL, "out=run", "stop_at=1", "kernels=torch") == 0
+    assert train(*SMALL, "out=run", "kernels=auto") == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["kernels"] == "auto"
+
+
+def test_what_cannot_run_is_one_line(train, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for overrides, message in {
+        "kernels=cuda": "kernels must be one of auto, torch, triton, got 'cuda'",
+        "kernels=triton precision=fp64": "precision=fp64 takes kernels=torch",
+        "kernels=triton precision=bf16 device=cpu": "interpreter computes right in fp32 alone",
+    }.items():
+        assert train(*overrides.split(), "out=run") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert train("kernels=triton", "device=cpu", "out=run") == 2
+    error = capsys.readouterr().err
+    assert "set TRITON_INTERPRET=1, or use kernels=torch" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_is_torch_until_a_kernel_is_verified_on_a_gpu(train, tmp_path, monkeypatch):
+    assert train(*SMALL, "out=run", "stop_at=1") == 0
+    config = TrainConfig.load(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_backends(config, gpu) == choose_backends(config, cpu) == TORCH
+    assert "no Triton kernel has been verified" in backends_note(config, gpu)
+    assert backends_note(config, cpu) is None
+    assert backends_note(replace(config, kernels="torch"), gpu) is None
+    every = choose_backends(replace(config, kernels="triton"), gpu)
+    assert set(vars(every).values()) == {"triton"}
+    monkeypatch.setattr("sigmoe.kernels.backend.VERIFIED", frozenset({"permute"}))
+    assert choose_backends(config, gpu) == Backends(permute="triton")
+    assert choose_backends(config, cpu) == TORCH
