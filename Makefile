@@ -14,7 +14,7 @@ venv: $(READY) ## a virtual environment in .venv with everything but the distrib
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
 	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	@echo "installing into .venv (about 1.5 GB with torch)"
+	@echo "installing into .venv (about 3 GB with torch and Triton)"
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	touch $@
 

@@ -15,8 +15,10 @@ import torch
 
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.data.progress import Progress, no_progress
-from ..moe.prune.criteria import DATA_CRITERIA
+from ..moe.prune.budget import Budget, choose_experts
+from ..moe.prune.prunable import check_prunable
 from .machine import describe
+from .prune_fit import fit_note, forecast_notes
 from .prune_study import Outcome, Study
 from .routers import spread
 from .table import BenchTable
@@ -33,6 +35,7 @@ class PruneQualitySettings:
     runs: tuple[str, ...] = ()  # of router=top_k and one shape, a seed each
     exact: tuple[str, ...] = ()  # of router=domain_top_k, by the same seeds; may be none
     others: tuple[str, ...] = ()  # of router=top_k and other shapes, where the forecast alone is tried; may be none
+    fitted: int = 0  # the first so many of runs are those to which the notes fit the forecast; 0: no fit
     pruned: tuple[float, ...] = (0.25, 0.5, 0.75)  # fractions of each layer's experts
     calibrate_tokens: int = 16_384  # of one domain's training text
     evaluate_tokens: int = 3072  # held out, a domain, at the most
@@ -46,6 +49,8 @@ class PruneQualitySettings:
             raise ValueError(f"pruned must be fractions between 0 and 1, got {list(self.pruned)}")
         if self.exact and len(self.exact) != len(self.runs):
             raise ValueError(f"exact must name none or {len(self.runs)}, one for each of runs, got {len(self.exact)}")
+        if not 0 <= self.fitted <= len(self.runs):
+            raise ValueError(f"fitted must be from 0 to {len(self.runs)}, the number of runs, got {self.fitted}")
 
 
 def run_suite(settings: PruneQualitySettings, progress: Progress = no_progress) -> BenchTable:
@@ -59,9 +64,11 @@ def run_suite(settings: PruneQualitySettings, progress: Progress = no_progress) 
         raise ValueError(f"{dataset.path} has one domain: give a dataset of several")
     torch.set_num_threads(settings.threads)
     tokens = {"calibrate_tokens": settings.calibrate_tokens, "evaluate_tokens": settings.evaluate_tokens}
-    studies = [Study(run, dataset, **tokens) for run in (*settings.runs, *settings.others)]
-    submodels = [Study(run, dataset, **tokens) for run in settings.exact]
-    equal = _equal_share(settings, studies, submodels)
+    runs = (*settings.runs, *settings.others)
+    studies = [Study(run, name, dataset, **tokens) for run, name in zip(runs, run_names(runs), strict=True)]
+    submodels = [Study(run, name, dataset, **tokens) for run, name in zip(settings.exact, run_names(settings.exact))]
+    _check_shapes(settings, studies, submodels)
+    equal = _equal_share(settings, studies[0], submodels)
     outcomes, domains = list[Outcome](), len(dataset.domain_names)
     for place, study in enumerate(studies):
         seen = set[str]()
@@ -78,7 +85,12 @@ def run_suite(settings: PruneQualitySettings, progress: Progress = no_progress) 
             *(f"{share:.0%} pruned, {where}" for share in settings.pruned for where in ("in", "out")),
         ),
         rows=(*quality_rows(settings.pruned, tabled), *exact_rows(settings.pruned, equal, tabled, exact)),
-        notes=(*_notes(settings, dataset), *exact_notes(equal, tabled, exact), *forecast_notes(outcomes)),
+        notes=(
+            *_notes(settings, dataset),
+            *exact_notes(equal, tabled, exact),
+            *forecast_notes(outcomes),
+            *_fit_notes(settings, studies, outcomes),
+        ),
         machine=describe(("torch",)) | {"threads used": str(settings.threads)},
         record={
             "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in _PLACES},
@@ -86,6 +98,12 @@ def run_suite(settings: PruneQualitySettings, progress: Progress = no_progress) 
             "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         },
     )
+
+
+def run_names(runs: Sequence[str]) -> list[str]:
+    """Return the last part of each path, with its place behind it where several are the same."""
+    names = [Path(run).name for run in runs]
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
 
 
 def quality_rows(pruned: Sequence[float], outcomes: Sequence[Outcome]) -> tuple[tuple[str, ...], ...]:
@@ -101,22 +119,6 @@ def quality_rows(pruned: Sequence[float], outcomes: Sequence[Outcome]) -> tuple[
     return tuple(rows)
 
 
-def forecast_notes(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
-    """Return by run and budget how far the forecast was off, in points of the ratio; random and weight left out."""
-    notes = []
-    for run in dict.fromkeys(outcome.run for outcome in outcomes):
-        told = []
-        for share in sorted({outcome.pruned for outcome in outcomes}):
-            off = [
-                100 * abs(math.exp(each.forecast) - math.exp(each.added))
-                for each in outcomes
-                if (each.run, each.pruned) == (run, share) and each.criterion in DATA_CRITERIA
-            ]
-            told.append(f"{share:.0%}: {statistics.fmean(off):.1f}, {statistics.median(off):.1f}, {max(off):.1f}")
-        notes.append(f"forecast of {run}, error in points of the ratio (mean, median, largest): {'; '.join(told)}")
-    return tuple(notes)
-
-
 def exact_rows(
     pruned: Sequence[float], equal: float | None, outcomes: Sequence[Outcome], exact: Sequence[Mapping[str, float]]
 ) -> tuple[tuple[str, ...], ...]:
@@ -126,7 +128,9 @@ def exact_rows(
     whole = {(each.run, each.domain): each.whole for each in outcomes}
     runs = dict.fromkeys(each.run for each in outcomes)
     ratios = [
-        math.exp(loss - whole[run, name]) for run, by_domain in zip(runs, exact) for name, loss in by_domain.items()
+        math.exp(loss - whole[run, name])
+        for run, by_domain in zip(runs, exact, strict=True)
+        for name, loss in by_domain.items()
     ]
     cells = [cell for share in pruned for cell in (spread(ratios, 2) if share == equal else "", "")]
     return ((EXACT, *cells),)
@@ -152,15 +156,38 @@ def exact_notes(
     )
 
 
-def _equal_share(settings: PruneQualitySettings, studies: Sequence[Study], submodels: Sequence[Study]) -> float | None:
+def _check_shapes(settings: PruneQualitySettings, studies: Sequence[Study], submodels: Sequence[Study]) -> None:
+    """Raise ValueError, before anything is measured, for runs that cannot stand in one table."""
+    for study in studies:
+        check_prunable(study.model.config, study.model.registry)
+    for run, study in zip(settings.runs, studies):
+        if study.model.config != studies[0].model.config:
+            raise ValueError(f"runs: {run} has another shape than {settings.runs[0]}: name it in others")
+    for run, study in zip(settings.exact, submodels, strict=True):
+        if not study.model.config.sparse_layer_ids:
+            raise ValueError(f"exact: {run} has no sparse layer: give a run of router=domain_top_k")
+        study.exact_plans()
+        if study.experts != submodels[0].experts:
+            raise ValueError(f"exact: the submodels of {run} have another size than those of {settings.exact[0]}")
+
+
+def _equal_share(settings: PruneQualitySettings, study: Study, submodels: Sequence[Study]) -> float | None:
     """Return the budget that leaves as many experts as an exact submodel has; None where there are none."""
     if not submodels:
         return None
-    parent, cut = studies[0].experts, submodels[0].experts
+    parent, cut = study.experts, submodels[0].experts
     for share in settings.pruned:
-        if round((1 - share) * parent) == cut:
+        (kept,) = choose_experts([torch.zeros(parent)], Budget(keep=1 - share), study.model.config)
+        if len(kept) == cut:
             return share
     raise ValueError(f"exact: its submodels have {cut} of {parent} experts, which no fraction of pruned leaves")
+
+
+def _fit_notes(
+    settings: PruneQualitySettings, studies: Sequence[Study], outcomes: Sequence[Outcome]
+) -> tuple[str, ...]:
+    names = {study.name for study in studies[: settings.fitted]}
+    return (fit_note([each for each in outcomes if each.run in names]),) if names else ()
 
 
 def _notes(settings: PruneQualitySettings, dataset: Dataset) -> tuple[str, ...]:

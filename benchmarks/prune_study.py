@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,11 +16,12 @@ from ..moe.batch import IGNORED, Batch
 from ..moe.config import layer_experts
 from ..moe.data.dataset import Dataset
 from ..moe.data.loader import heldout_batches
-from ..moe.extract import plan_submodel
+from ..moe.extract import Submodel, plan_submodel
 from ..moe.extract.unwritten import unwritten_model
-from ..moe.prune.budget import Budget, Kept, choose_experts, choose_subsets
+from ..moe.prune.budget import Budget, Kept
 from ..moe.prune.calibrate import calibrate
-from ..moe.prune.criteria import CRITERIA, random_saliency, saliency, subset_errors, weight_saliency
+from ..moe.prune.choice import choose_kept, rate_experts
+from ..moe.prune.criteria import CRITERIA, weight_saliency
 from ..moe.prune.forecast import dropped_share, expected
 from ..moe.prune.plan import plan_pruned
 from ..moe.prune.sums import MOST_ENUMERATED, CalibrationSums
@@ -49,8 +51,8 @@ class Outcome:
 class Study:
     """A run, and the text that it is calibrated and measured on."""
 
-    def __init__(self, run: str, dataset: Dataset, *, calibrate_tokens: int, evaluate_tokens: int) -> None:
-        self.model, self.name = _newest(Path(run).expanduser()), Path(run).name
+    def __init__(self, run: str, name: str, dataset: Dataset, *, calibrate_tokens: int, evaluate_tokens: int) -> None:
+        self.model, self.name = _newest(Path(run).expanduser()), name
         self._dataset, self._domains = dataset, dataset.domain_names
         self._calibrate_tokens, self._evaluate_tokens = calibrate_tokens, evaluate_tokens
 
@@ -93,11 +95,15 @@ class Study:
 
     def exact_losses(self) -> dict[str, float]:
         """Return the held-out loss of each domain's exact submodel, which is cut out of a domain-routed run."""
-        model, losses = self.model, dict[str, float]()
-        for name in self._domains:
-            submodel = plan_submodel(model.config, model.registry, [name])
-            losses |= self.losses(unwritten_model(model, submodel), [name])
+        losses = dict[str, float]()
+        for name, submodel in self.exact_plans().items():
+            losses |= self.losses(unwritten_model(self.model, submodel), [name])
         return losses
+
+    def exact_plans(self) -> dict[str, Submodel]:
+        """Return each domain's exact submodel; ValueError where the run's router has none, or does not know it."""
+        model = self.model
+        return {name: plan_submodel(model.config, model.registry, [name]) for name in self._domains}
 
     @property
     def experts(self) -> int:
@@ -125,23 +131,15 @@ class Study:
         for criterion in CRITERIA:
             if criterion == "reconstruction" and not self._enumerable:
                 continue
+            weights = self._weights if criterion == "weight" else None
+            values = rate_experts(criterion, self._numbers, layers=sums.layers, weights=weights, seed=seed)
             for share in shares:
                 budget = Budget(keep=1 - share)
-                if criterion == "reconstruction":
-                    errors = [subset_errors(layer) for layer in sums.layers]
-                    yield criterion, share, choose_subsets(errors, budget, self.model.config)
-                else:
-                    value = self._saliency(sums, criterion, seed)
-                    yield criterion, share, choose_experts(value, budget, self.model.config)
+                yield criterion, share, choose_kept(criterion, values, sums.layers, budget, self.model.config)
 
-    def _saliency(self, sums: CalibrationSums, criterion: str, seed: int) -> tuple[Tensor, ...]:
-        match criterion:
-            case "random":
-                return random_saliency(self._numbers, seed)
-            case "weight":
-                return weight_saliency(self.model)
-            case _:
-                return saliency(sums.layers, criterion)
+    @cached_property
+    def _weights(self) -> tuple[Tensor, ...]:
+        return weight_saliency(self.model)
 
     @property
     def _numbers(self) -> list[int]:

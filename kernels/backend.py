@@ -28,6 +28,7 @@ class Backends:
     gate: Backend = "torch"
     positions: Backend = "torch"
     permute: Backend = "torch"
+    expert_mlp: Backend = "torch"
 
 
 TORCH = Backends()

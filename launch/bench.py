@@ -14,6 +14,8 @@ from ..benchmarks.expert_parallel import ExpertParallelSettings
 from ..benchmarks.expert_parallel import run_suite as run_expert_parallel
 from ..benchmarks.generate import GenerateBenchSettings
 from ..benchmarks.generate import run_suite as run_generate
+from ..benchmarks.moe import MoeBenchSettings
+from ..benchmarks.moe import run_suite as run_moe
 from ..benchmarks.prune import PruneBenchSettings
 from ..benchmarks.prune import run_suite as run_prune
 from ..benchmarks.prune_quality import PruneQualitySettings
@@ -48,6 +50,7 @@ class BenchCommand:
         "prune_quality",
         "save",
         "compile",
+        "moe",
     ]
     train: TrainBenchSettings
     tokenize: TokenizeBenchSettings
@@ -59,6 +62,7 @@ class BenchCommand:
     prune_quality: PruneQualitySettings
     save: SaveBenchSettings
     compile: CompileSettings
+    moe: MoeBenchSettings
     out: str | None = None
 
 
@@ -87,6 +91,8 @@ def run(config: Mapping[str, object]) -> None:
                 measured = run_save(command.save, progress)
             case "compile":
                 measured = run_compile(command.compile, progress)
+            case "moe":
+                measured = run_moe(command.moe, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):

@@ -8,6 +8,7 @@ from ..moe.prune.calibrate import calibrate
 from ..moe.prune.sums import CalibrationSums, load_sums, save_sums
 from ..moe.prune.text import CalibrationText, dataset_text, jsonl_text
 from ..moe.storage.durable import remove_directory
+from ..moe.storage.resumable import locked, part_path
 from ..moe.stored import StoredModel
 from ..moe.workers import Workers
 from .console import notes, progress_sink
@@ -56,19 +57,21 @@ def stored_sums(command: PruneCommand, identity: str, text: CalibrationText | No
 def collect_sums(command: PruneCommand, parent: StoredModel, text: CalibrationText, ranks: Workers) -> CalibrationSums:
     """Take the text through the model and store the sums; a killed calibration goes on where it was."""
     path = stats_path(command)
-    work = path.with_name(f".sigmoe-part-{path.name}")
-    notes().print(f"calibrating on {text.description['tokens']:,} tokens; the sums go to {path}")
-    with progress_sink(transient=True) as progress:
-        sums = calibrate(
-            parent,
-            text,
-            work,
-            subsets=command.criterion == "reconstruction",
-            workers=ranks,
-            progress=partial(progress, "calibrating (batches x layers)"),
-        )
-    with ranks.together():
-        if ranks.rank == 0:
-            save_sums(path, sums)
-            remove_directory(work)
+    work = part_path(path)
+    alone = locked(work, f"another process is calibrating into {path}: wait for it, or give another stats=")
+    with ranks.first_holds(alone, lambda _: None):
+        notes().print(f"calibrating on {text.description['tokens']:,} tokens; the sums go to {path}")
+        with progress_sink(transient=True) as progress:
+            sums = calibrate(
+                parent,
+                text,
+                work,
+                subsets=command.criterion == "reconstruction",
+                workers=ranks,
+                progress=partial(progress, "calibrating (batches x layers)"),
+            )
+        with ranks.together():
+            if ranks.rank == 0:
+                save_sums(path, sums)
+                remove_directory(work)
     return sums

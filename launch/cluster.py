@@ -154,11 +154,15 @@ def only_first_speaks(cluster: Cluster) -> Iterator[None]:
 
 def lost_peer(error: RuntimeError) -> str | None:
     """Return a line where an operation failed because another process is gone, or did not answer in time."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, distributed.DistError) and "gloo" not in text:
+    if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
         return None
-    why = re.sub(r"^\[[^]]*\] ", "", text).partition(". ")[0]
+    why = plain_words(error)
     return f"another process is gone or does not answer ({why:.120}): run again to go on from the newest checkpoint"
+
+
+def plain_words(error: BaseException) -> str:
+    """Return the first sentence of what another library says, in one line, without the place in its source."""
+    return re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())).partition(". ")[0]
 
 
 def _own_address(*, alone: bool) -> tuple[str, int, str | None]:

@@ -25,7 +25,7 @@ from .main import main
 from .model_table import MODEL_COLUMNS, model_row
 from .models import check_files, open_given_model
 from .offline_ranks import offline_ranks
-from .standing import already_there, check_place, standing_report
+from .standing import already_there, check_place, require_proofs, standing_report
 
 REPORT_VERSION = 1
 _MARGIN = 64 << 20  # bytes of what is written beside the weights, tokenizers above all
@@ -92,10 +92,11 @@ def _standing(command: ConvertCommand, conversion: Conversion, out: Path, identi
     """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
     settings = conversion.settings
     report = standing_report(out, CONVERSION, version=REPORT_VERSION, parent=identity, settings=settings)
-    if command.verify and not report["verify"]:
-        raise ValueError(
-            f"out={out} holds this very conversion, made without verify=true: remove it or give another out="
-        )
+    lacking = {
+        "check=true": command.check and not report.get("parent_checked", True),  # the first reports do not say it
+        "verify=true": command.verify and not report["verify"],
+    }
+    require_proofs(out, "conversion", lacking)
     return report
 
 
@@ -122,6 +123,7 @@ def _write(
         **describe(parent, identity, written, extraction, (), directory.records),
         **conversion.settings,
         "verify": command.verify,
+        "parent_checked": command.check,
         "logits": logits,
         "format_version": REPORT_VERSION,
     }

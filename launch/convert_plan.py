@@ -19,7 +19,7 @@ from ..moe.inherit_plan import inherited_config, inherited_registry
 from ..moe.inherit_write import Inheritance, InheritanceWriter
 from ..moe.parsing import to_mapping
 from ..moe.stored import ANY_DOMAIN, StoredModel
-from .file_bytes import parse_file_bytes
+from .file_bytes import DEFAULT_FILE_BYTES, parse_file_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_INHERITANCE = ("domains", "dataset", "sparse_layers", "embedding_slots")
@@ -43,7 +43,7 @@ class ConvertCommand:
     sparse_layers: str | None = None
     embedding_slots: Mapping[str, int] | None = None
     seed: int = 0
-    file_bytes: int | str = "4GiB"
+    file_bytes: int | str = DEFAULT_FILE_BYTES
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -108,7 +108,7 @@ def plan_conversion(command: ConvertCommand, parent: StoredModel) -> Conversion:
         registry=submodel.registry,
         format=format,
         inherits=False,
-        sources=frozenset(piece.source for piece in submodel.pieces.values()),
+        sources=submodel.sources,
         settings={"format": format, "dtype": command.dtype, "inherits": None, "file_bytes": command.max_file_bytes},
         writer=SubmodelWriter(
             parent,

@@ -85,7 +85,7 @@ def _make(
         torch.set_num_threads(command.threads)
     ranks.from_first(lambda: require_space(out.parent, writer.num_bytes + _MARGIN))
     if command.check:
-        check_files(parent, sources={piece.source for piece in submodel.pieces.values()}, workers=ranks)
+        check_files(parent, sources=submodel.sources, workers=ranks)
     with shared_directory(ranks, durable_directory(out), DurableDirectory) as directory:
         with progress_sink(transient=True) as progress:
             extraction = writer.write(directory, workers=ranks, progress=partial(progress, "writing"))

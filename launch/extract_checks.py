@@ -23,9 +23,9 @@ from ..moe.hf.formats import choose_format
 from ..moe.storage.checkpoint import load_yaml
 from ..moe.stored import EXTRACTION, StoredModel
 from .console import notes
-from .file_bytes import parse_file_bytes
+from .file_bytes import DEFAULT_FILE_BYTES, parse_file_bytes
 from .models import check_tokenizer
-from .standing import standing_report
+from .standing import require_proofs, standing_report
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOLERANCE = 1e-5  # of the largest logit, between transformers' arithmetic and ours
@@ -45,7 +45,7 @@ class ExtractCommand:
     dataset: str | None = None
     check: bool = True
     transformers: bool = False
-    file_bytes: int | str = "4GiB"
+    file_bytes: int | str = DEFAULT_FILE_BYTES
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -126,9 +126,12 @@ def open_in_transformers(child: StoredModel, dataset: Dataset, domain: str) -> T
 def report_of_the_same(command: ExtractCommand, out: Path, parent: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
     report = standing_report(out, EXTRACTION, version=REPORT_VERSION, parent=parent, settings=settings)
-    if report["verify"] < command.verify or (command.transformers and "transformers" not in report):
-        wanted = f"verify={command.verify}" if report["verify"] < command.verify else "transformers=true"
-        raise ValueError(f"out={out} holds this very extraction, made without {wanted}: remove it or give another out=")
+    lacking = {
+        "check=true": command.check and not report["parent_checked"],
+        f"verify={command.verify}": command.verify > report["verify"],
+        "transformers=true": command.transformers and "transformers" not in report,
+    }
+    require_proofs(out, "extraction", lacking)
     return report
 
 

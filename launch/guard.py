@@ -14,7 +14,7 @@ class GuardConfig:
     """When a step is bad, and what follows from several bad ones in a row."""
 
     max_skipped: int = 20  # skipped steps in a row (loss or gradient not finite) that end the run; 0: never
-    window: int = 128  # losses that a new one is compared with
+    window: int = 128  # losses that a new one is compared with; at least 8
     spike: float = 6.0  # a spike lies more than so many standard deviations above their mean; 0: none does
     patience: int = 10  # bad steps in a row that are no accident
     rollback: bool = False  # after those go back, once, to the newest checkpoint before them, and past their data

@@ -26,13 +26,17 @@ _SPARSE = ".block_sparse_moe."
 
 @dataclass(frozen=True, kw_only=True)
 class Healed:
-    """What training made of gates and experts (fp32, by canonical name), and each step's loss, nats a token."""
+    """What training made of gates and experts (fp32, by canonical name), and each step's loss, nats a token.
+
+    The steps took so many `batches` in turn, over and over.
+    """
 
     tensors: Mapping[str, Tensor]
     losses: tuple[float, ...]
+    batches: int
 
 
-def check_memory(pruned: Submodel) -> None:
+def check_host_memory(pruned: Submodel) -> None:
     """Raise ValueError where weights, gradients and two moments, in fp32, are more than this machine has."""
     needed = 16 * count_parameters(pruned.config, pruned.registry).total
     memory = host_memory()
@@ -72,7 +76,7 @@ def heal(
         losses.append(float(output.loss_sum.detach()) / max(batch.num_labels, 1))
         progress(step + 1, steps)
     tensors = {name: tensor.detach() for name, tensor in engine.masters.items() if _heals(name)}
-    return Healed(tensors=tensors, losses=tuple(losses))
+    return Healed(tensors=tensors, losses=tuple(losses), batches=len(text))
 
 
 def _heals(name: str) -> bool:

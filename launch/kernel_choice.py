@@ -19,6 +19,10 @@ def choose_backends(config: TrainConfig, device: torch.device) -> Backends:
             raise ValueError("kernels=triton, but Triton is not installed: pip install 'sigmoe[gpu]'")
         if config.precision == "fp64":
             raise ValueError("precision=fp64 takes kernels=torch: the Triton kernels compute in fp32")
+        for name in ("dim", "expert_dim"):
+            if getattr(config.model, name) % 16:
+                size = getattr(config.model, name)
+                raise ValueError(f"model.{name}={size}: kernels=triton takes multiples of 16, or use kernels=torch")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 "kernels=triton needs a GPU; on a CPU its kernels run in Triton's interpreter alone, which is slow: "

@@ -53,7 +53,7 @@ def layout_note(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, devic
     held, sent = rank_footprint(config, registry, mesh), rank_traffic(config, registry, mesh, device)
     by_axis = {axis: sum(size for (other, _), size in sent.items() if other == axis) for axis, _ in sent}
     on_host = " in host memory" if config.parallel.offload == "cpu" else ""
-    saved = f", in host memory {_mb(held.snapshot)} while it is saved" if config.save.background else ""
+    saved = f", in host memory {_mb(held.snapshot)} while it is saved in mid-run" if config.save.beside_training else ""
     return (
         f"a rank holds {_mb(held.parameters)} of parameters, {_mb(held.gradients)} of gradients, "
         f"{_mb(held.optimizer)} of optimizer state{on_host}{saved}; with rows routed evenly it sends a step "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..moe.storage.hashing import WriteError
 from .launcher import Cluster, UnreachableError, find_cluster, find_mpi
 
 if TYPE_CHECKING:  # it brings torch: not for `sigmoe --help`
@@ -109,7 +110,8 @@ def _guarded(arguments: Sequence[str], peers: "Peers | None" = None) -> tuple[in
     except (ValueError, OSError) as error:
         if "--traceback" in rest:
             traceback.print_exc()
-        return 2 if isinstance(error, ValueError) else 1, " ".join(str(error).split())
+        mistake = isinstance(error, ValueError) and not isinstance(error, WriteError)
+        return 2 if mistake else 1, " ".join(str(error).split())
     except RuntimeError as error:
         line = None if peers is None else _lost_peer(error)
         if line is None:

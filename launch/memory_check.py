@@ -30,8 +30,12 @@ def check_memory(config: TrainConfig, registry: DomainRegistry, mesh: Mesh, proc
     model = f"a model of {total:,} parameters needs at least"
     where = "" if mesh.world.size == 1 else " on this machine"
     if needed > memory:
-        there = f"{needed / 1e9:,.1f} GB{where} to train, there are {memory / 1e9:,.1f} GB"
+        there = f"{_gb(needed)}{where} to train, there are {_gb(memory)}"
         raise ValueError(f"{model} {there}: make it smaller")
-    if config.save.background and on_host + copied > host:
-        both = f"{(on_host + copied) / 1e9:,.1f} GB of host memory{where} while a copy of its state is saved"
-        raise ValueError(f"{model} {both}, there are {host / 1e9:,.1f} GB: give save.background=false")
+    if config.save.beside_training and on_host + copied > host:
+        both = f"{_gb(on_host + copied)} of host memory{where} while a copy of its state is saved"
+        raise ValueError(f"{model} {both}, there are {_gb(host)}: give save.background=false")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 10**9 else f"{size / 1e9:.2g} GB"

@@ -6,6 +6,9 @@ z_loss, dropped, expert_load/<layer> (most over mean load), heldout_loss/<domain
 
 import json
 import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,18 @@ class Metrics:
     """Appends to `metrics.jsonl` in `directory`, and to `tensorboard/` where asked.
 
     What stands there of steps after `resumed_step` (-1: the run starts afresh) is dropped: it will be written again.
+    A disk that refuses ends nothing: `note` hears of it once, and the lines are kept for the next write. TensorBoard's
+    writer does not survive it, and writes again when the run goes on.
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool, resumed_step: int) -> None:
+    def __init__(self, directory: Path, note: Callable[[str], None], *, tensorboard: bool, resumed_step: int) -> None:
         self.path = directory / "metrics.jsonl"
         keep = [line for line in _lines(self.path) if _step_of(line) <= resumed_step]
         write_file(self.path, "".join(f"{line}\n" for line in keep).encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._whole = self._file.seek(0, os.SEEK_END)  # where the last whole line ends
+        self._unwritten = b""
+        self._note, self._refused = note, False
         self._writer = None
         if tensorboard:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
@@ -33,18 +41,44 @@ class Metrics:
     def write(self, values: dict[str, Any]) -> None:
         """Write one object; `values` holds `step`. NaN and infinity, which JSON lacks, become null."""
         finite = {key: value if _is_finite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._writer is not None:
+        self._unwritten += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._flush()
+        if self._writer is None:
+            return
+        try:
             for key, value in values.items():
                 if key != "step" and isinstance(value, int | float):
                     self._writer.add_scalar(key, value, values["step"])
+        except OSError as error:  # of its thread, which has ended
+            self._writer = None
+            self._note(f"tensorboard/ is not written any more in this session: {error.strerror or error}")
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._unwritten:
+            self._flush()
+        try:
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._note(f"the last metrics are not written: {error.strerror or error}")
+
+    def _flush(self) -> None:
+        """Append what is not written yet: all of it, or nothing."""
+        try:
+            left = memoryview(self._unwritten)
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._whole)  # nobody reads half a line
+            if not self._refused:
+                self._note(f"{self.path} is not written, its lines are kept for later: {error.strerror or error}")
+            self._refused = True
+        else:
+            self._whole += len(self._unwritten)
+            self._unwritten, self._refused = b"", False
 
 
 def step_values(step: StepMetrics, trainer: Trainer, *, spike: bool, speed: float, share: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MODEL_COLUMNS = ("model", "format", "MB", "parameters", "active a token")
+_LISTED = 6  # layers
 PRUNED_COLUMNS = ("model", "format", "experts", "MB", "parameters", "active a token")
 
 
@@ -15,7 +16,9 @@ def model_row(title: str, part: Mapping[str, Any]) -> list[str]:
 
 
 def pruned_row(title: str, part: Mapping[str, Any]) -> list[str]:
-    """Return the cells of `PRUNED_COLUMNS`: with the experts of a layer, or the fewest and the most."""
-    fewest, most = min(part["experts"]), max(part["experts"])
+    """Return the cells of `PRUNED_COLUMNS`: with the experts of a layer, of each, or the fewest and the most."""
+    counts = part["experts"]
     name, format, *sizes = model_row(title, part)
-    return [name, format, str(most) if fewest == most else f"{fewest} to {most}", *sizes]
+    fewest, most = min(counts), max(counts)
+    several = ", ".join(map(str, counts)) if len(counts) <= _LISTED else f"{fewest} to {most}"
+    return [name, format, str(most) if fewest == most else several, *sizes]

@@ -28,17 +28,19 @@ def check_files(stored: StoredModel, *, sources: Iterable[str] | None = None, wo
     Each process hashes its share. Raises ValueError naming the first damaged one: the optimizer's state, which no model
     needs, is left out.
     """
-    if not (stored.path / MANIFEST).is_file():
-        notes().print(f"{stored.path} has no {MANIFEST}: its files are taken as they are")
-        return
-    manifest = read_manifest(stored.path)
-    weights = {stored.tensors.file(name) for name in (stored.tensors.names() if sources is None else sources)}
-    # Of the small files config and registry decide what is computed.
-    small = {name for name in manifest["files"] if not name.startswith("optimizer/") and Path(name).suffix != _WEIGHTS}
-    names = sorted({str(file.relative_to(stored.path)) for file in weights} | small)
-    with workers.together(), progress_sink(transient=True) as progress:
-        watched = partial(progress, f"hashing {stored.path.name}")
-        verify_files(stored.path, manifest, watched, only=names[workers.rank :: workers.size])
+    with workers.together():
+        if not (stored.path / MANIFEST).is_file():
+            notes().print(f"{stored.path} has no {MANIFEST}: its files are taken as they are")
+            return
+        manifest = read_manifest(stored.path)
+        weights = {stored.tensors.file(name) for name in (stored.tensors.names() if sources is None else sources)}
+        files = {str(file.relative_to(stored.path)) for file in weights}
+        # Of the small files config and registry decide what is computed.
+        small = {name for name in manifest["files"] if Path(name).suffix != _WEIGHTS}
+        names = sorted(files | {name for name in small if not name.startswith("optimizer/")})
+        with progress_sink(transient=True) as progress:
+            watched = partial(progress, f"hashing {stored.path.name}")
+            verify_files(stored.path, manifest, watched, only=names[workers.rank :: workers.size])
 
 
 def check_tokenizer(given: str, stored: StoredModel, dataset: Dataset) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..moe.workers import ALONE, Workers
-from ..parallel.agreement import first_error
 from .launcher import find_mpi
 
 _NAP = 0.001  # seconds
@@ -28,7 +27,6 @@ class OfflineRanks(Workers):
         self._communicator = communicator
         self.rank = communicator.Get_rank()
         self.size = communicator.Get_size()
-        self.told: Exception | None = None  # what all raised together
 
     def exchange(self, data: Any) -> list[Any]:
         """Return everyone's `data`, plain JSON data, by rank."""
@@ -41,18 +39,6 @@ class OfflineRanks(Workers):
         everyone = b"".join(self._all_bytes(mine.numpy().tobytes()))
         joined = torch.frombuffer(bytearray(everyone), dtype=torch.float64) if everyone else mine
         return list(torch.split(joined, lengths))
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a block in which nobody waits for another; what it raises on one, all raise."""
-        error: Exception | None = None
-        try:
-            yield
-        except (ValueError, OSError) as caught:
-            error = caught
-        self.told = first_error(error, self.exchange)
-        if self.told is not None:
-            raise self.told from error
 
     def _all_bytes(self, mine: bytes) -> list[bytes]:
         sizes = torch.empty(self.size, dtype=torch.int64).numpy()

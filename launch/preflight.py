@@ -34,7 +34,12 @@ def check_alike(config: TrainConfig, dataset: Dataset, world: Axis) -> None:
 
 def _facts(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     shared = config.to_dict()
-    for local in ("out", "dataset", "device", "threads"):  # may differ from machine to machine
+    for local in (
+        "out",
+        "dataset",
+        "device",
+        "threads",
+    ):  # as a machine has them; what stands in `out` is compared later
         shared.pop(local)
     facts = dict(_flat(shared))
     facts["the dataset's digest"] = dataset.digest

@@ -15,18 +15,18 @@ from ..moe.prune.report import REPORT_VERSION
 from ..moe.storage.resumable import clear_part
 from ..moe.stored import PRUNING, StoredModel
 from ..moe.workers import Workers
-from .calibration import calibration_text, collect_sums, stored_sums
+from .calibration import calibration_text, collect_sums, stats_path, stored_sums
 from .console import notes, print_table
 from .main import main
 from .model_table import PRUNED_COLUMNS, pruned_row
-from .models import open_given_model
+from .models import check_files, open_given_model
 from .offline_ranks import offline_ranks
 from .prune_choice import choose, heal_choice
 from .prune_config import PruneCommand, load
 from .prune_forecast import print_forecast
 from .prune_losses import open_heldout, print_losses
 from .prune_write import pruned_writer, write_pruned
-from .standing import already_there, check_place, standing_report
+from .standing import already_there, check_place, require_proofs, standing_report
 
 
 def run(config: Mapping[str, object]) -> None:
@@ -51,6 +51,8 @@ def _prune(config: Mapping[str, object], ranks: Workers) -> None:
     if text is not None or command.stats is not None:
         with ranks.together():
             sums = stored_sums(command, identity, text)
+    if sums is not None:  # which may have been stored right before a kill
+        ranks.from_first(lambda: clear_part(stats_path(command)))
     source = sums.text if sums is not None else None if text is None else text.description
     expected = {"settings": command.settings(), "text": None if source is None else dict(source)}
     report = already_there(out, "pruning", lambda: _standing(command, out, identity, expected), ranks)
@@ -58,13 +60,20 @@ def _prune(config: Mapping[str, object], ranks: Workers) -> None:
         ranks.from_first(lambda: clear_part(out))
         print_report(report)
         return
+    # With stored sums dropped experts are never read, nor what lies in files of their own.
+    reads_all = (sums is None and text is not None) or command.criterion == "weight" or command.heal or command.evaluate
+    if command.check and reads_all:
+        check_files(parent, workers=ranks)
     if sums is None and text is not None:
         sums = collect_sums(command, parent, text, ranks)
+    choice = choose(command, parent, sums, ranks)
+    if command.check and not reads_all:
+        check_files(parent, sources=choice.pruned.sources, workers=ranks)
     with ranks.together():
-        choice = choose(command, parent, sums)
         pruned_writer(command, parent, choice)  # which may refuse it, before the healing
         if choice.forecasts:
-            print_forecast(choice.forecasts)
+            assert choice.sums is not None
+            print_forecast(choice.forecasts, choice.sums.text["tokens"])
         if command.heal:
             assert text is not None
             choice = heal_choice(command, parent, choice, text)
@@ -74,11 +83,12 @@ def _prune(config: Mapping[str, object], ranks: Workers) -> None:
 def _standing(command: PruneCommand, out: Path, identity: str, expected: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of what stands in `out`, where it is what would be written; else ValueError."""
     report = standing_report(out, PRUNING, version=REPORT_VERSION, parent=identity, settings=expected)
-    if command.verify and not report["verified"]:
-        raise ValueError(f"{out} holds this very pruning, made without verify: remove it or give another out=")
-    if command.evaluate > report["evaluate"]:
-        lacking = f"evaluate={command.evaluate}"
-        raise ValueError(f"{out} holds this very pruning, made without {lacking}: remove it or give another out=")
+    lacking = {
+        "check=true": command.check and not report["parent_checked"],
+        "verify=true": command.verify and not report["verified"],
+        f"evaluate={command.evaluate}": command.evaluate > report["evaluate"],
+    }
+    require_proofs(out, "pruning", lacking)
     return report
 
 
@@ -91,11 +101,19 @@ def print_report(report: Mapping[str, Any]) -> None:
     ]
     print_table("Pruning", [*PRUNED_COLUMNS, "routed"], rows, left=3)
     if report["healed"]:
-        losses = report["healed"]["losses"]
-        first, last = f"{losses[0]:.3f} on the first batch", f"{losses[-1]:.3f} on the last"
-        notes().print(f"healed in {len(losses)} steps: loss {first}, {last}")
+        notes().print(f"healed in {len(report['healed']['losses'])} steps{_healing(**report['healed'])}")
+    if report["experts"] == report["parent"]["experts"]:
+        notes().print("nothing is pruned: the budget keeps every expert")
     if report["losses"]:
         print_losses(report["losses"], report["healed"] and report["healed"]["losses_before"])
+
+
+def _healing(losses: Sequence[float], batches: int | None = None, **_: object) -> str:
+    """Return how far the loss of the last step's text fell since it was first taken; empty where it was taken once."""
+    if batches is None or len(losses) <= batches:
+        return ""
+    first = losses[(len(losses) - 1) % batches]
+    return f": loss {first:.3f} when the last batch was first taken, {losses[-1]:.3f} in the end"
 
 
 def _routed(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -3,20 +3,23 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..moe.config import layer_experts
 from ..moe.extract import Submodel
 from ..moe.extract.unwritten import unwritten_model
-from ..moe.prune.budget import Budget, Kept, choose_experts, choose_subsets, model_sizes
-from ..moe.prune.criteria import random_saliency, saliency, subset_errors, weight_saliency
+from ..moe.prune.budget import Budget, Kept, model_sizes
+from ..moe.prune.choice import choose_kept, rate_experts
+from ..moe.prune.criteria import weight_saliency
 from ..moe.prune.merge import Groups, group_experts, plan_merged
 from ..moe.prune.plan import plan_pruned
 from ..moe.prune.sums import CalibrationSums
 from ..moe.prune.text import CalibrationText
 from ..moe.stored import StoredModel
+from ..moe.workers import Workers
 from .console import progress_sink
-from .heal import Healed, check_memory, heal
+from .heal import Healed, check_host_memory, heal
 from .prune_config import PruneCommand
 from .prune_forecast import Forecasts, forecast_budgets
 
@@ -34,29 +37,40 @@ class Choice:
     healed: Healed | None = None
 
 
-def choose(command: PruneCommand, parent: StoredModel, sums: CalibrationSums | None) -> Choice:
+def choose(command: PruneCommand, parent: StoredModel, sums: CalibrationSums | None, ranks: Workers) -> Choice:
     """Rate all experts, and choose. Raises ValueError where the budget is no possible one."""
-    config, sizes, values = parent.config, model_sizes(parent), _rate(command, parent, sums)
+    weights, config = None, parent.config
+    if command.criterion == "weight":
+        with progress_sink(transient=True, bytes=True) as progress:
+            weights = weight_saliency(parent, ranks, partial(progress, "rating weights"))
+    layers = None if sums is None else sums.layers
 
-    def keep(budget: Budget) -> Kept:
-        if command.criterion == "reconstruction":
-            assert sums is not None
-            return choose_subsets([subset_errors(layer) for layer in sums.layers], budget, config, sizes)
-        return choose_experts(values, budget, config, sizes)
+    def rate() -> tuple[list[list[float]], Kept, Forecasts | None]:
+        experts, sizes = layer_experts(config, parent.registry), model_sizes(parent)
+        values = rate_experts(command.criterion, experts, layers=layers, weights=weights, seed=command.seed)
 
-    kept = keep(command.budget)
-    forecasts = None if sums is None else forecast_budgets(sums.layers, kept, keep)
-    pruned, groups = plan_pruned(config, parent.registry, kept), None
-    if command.merge:
-        assert sums is not None
-        groups = group_experts(sums.layers, kept)
-        pruned = plan_merged(pruned, sums.layers, groups)
-    return Choice(kept=kept, saliency=values, sums=sums, forecasts=forecasts, groups=groups, pruned=pruned)
+        def keep(budget: Budget) -> Kept:
+            return choose_kept(command.criterion, values, layers, budget, config, sizes)
+
+        kept = keep(command.budget)
+        forecasts = None if layers is None else forecast_budgets(layers, kept, keep)
+        return [value_E.tolist() for value_E in values], kept, forecasts
+
+    rates, ids, forecasts = ranks.from_first(rate)  # one rank's: another kind of machine may round otherwise
+    kept = tuple(map(tuple, ids))
+    with ranks.together():
+        pruned, groups = plan_pruned(config, parent.registry, kept), None
+        if command.merge:
+            assert layers is not None
+            groups = group_experts(layers, kept)
+            pruned = plan_merged(pruned, layers, groups)
+    saliency = tuple(torch.tensor(values, dtype=torch.float64) for values in rates)
+    return Choice(kept=kept, saliency=saliency, sums=sums, forecasts=forecasts, groups=groups, pruned=pruned)
 
 
 def heal_choice(command: PruneCommand, parent: StoredModel, choice: Choice, text: CalibrationText) -> Choice:
     """Train what was chosen. Raises ValueError where memory is too small, or a step's loss is not finite."""
-    check_memory(choice.pruned)
+    check_host_memory(choice.pruned)
     with progress_sink(transient=True) as progress:
         healed = heal(
             unwritten_model(parent, choice.pruned),
@@ -66,15 +80,3 @@ def heal_choice(command: PruneCommand, parent: StoredModel, choice: Choice, text
             progress=partial(progress, "healing"),
         )
     return replace(choice, healed=healed)
-
-
-def _rate(command: PruneCommand, parent: StoredModel, sums: CalibrationSums | None) -> tuple[Tensor, ...]:
-    match command.criterion:
-        case "random":
-            return random_saliency(layer_experts(parent.config, parent.registry), command.seed)
-        case "weight":
-            with progress_sink(transient=True, bytes=True) as progress:
-                return weight_saliency(parent, partial(progress, "rating weights"))
-        case criterion:
-            assert sums is not None
-            return saliency(sums.layers, criterion)

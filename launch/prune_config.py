@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ..moe.parsing import from_mapping
 from ..moe.prune.budget import Budget, parse_budget
 from ..moe.prune.criteria import CRITERIA, DATA_CRITERIA
-from .file_bytes import parse_file_bytes
+from .file_bytes import DEFAULT_FILE_BYTES, parse_file_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class PruneCommand:
     heal: int = 0
     heal_lr: float = 3e-4
     format: Literal["auto", "sigmoe"] = "auto"
-    file_bytes: int | str = "4GiB"
+    file_bytes: int | str = DEFAULT_FILE_BYTES
     check: bool = True
     verify: bool = True
     seed: int = 0
@@ -41,11 +41,12 @@ class PruneCommand:
             raise ValueError("missing key model: give model=... (sigmoe prune --help)")
         if self.criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
-        if self.tokens < 1 or (self.threads is not None and self.threads < 1):
-            raise ValueError(f"tokens and threads must be at least 1, got {self.tokens} and {self.threads}")
-        if self.evaluate < 0 or self.heal < 0 or not 0 < self.heal_lr < float("inf"):
-            figures = f"{self.evaluate}, {self.heal} and {self.heal_lr}"
-            raise ValueError(f"evaluate and heal must be at least 0, heal_lr above 0, got {figures}")
+        for key, least in (("tokens", 1), ("threads", 1), ("evaluate", 0), ("heal", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{key} must be at least {least}, got {value}")
+        if not 0 < self.heal_lr < float("inf"):
+            raise ValueError(f"heal_lr must be a finite number above 0, got {self.heal_lr:g}")
         if self.heal and self.data is None:
             raise ValueError("heal trains on the calibration text: give data=, or heal=0")
         if not 0 <= self.seed < 2**63:

@@ -59,7 +59,10 @@ def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def cost_figure(report: Mapping[str, Any]) -> Figure:
-    """Loss added, in nats a token, by the share of experts that stay: the forecast, and what was measured."""
+    """Loss added, in nats a token, by the share of experts that stay: the forecast, and what was measured.
+
+    What was merged or healed is named so; measured before the healing is a point of its own.
+    """
     curve = report["forecast"] or ()
     data: list[dict[str, Any]] = [
         {
@@ -76,14 +79,10 @@ def cost_figure(report: Mapping[str, Any]) -> Figure:
             "line": {"color": _INSIDE, "dash": "dot"},
         }
     ] * bool(curve)
-    kept = 100 * sum(report["experts"]) / sum(report["parent"]["experts"])
-    for inside, name, colour in ((True, "in domain", _INSIDE), (False, "out of domain", _OUTSIDE)):
-        rows = [row for row in report["losses"] or () if row["in_domain"] == inside]
-        for row in (row for row in rows if None not in (row["parent_loss"], row["pruned_loss"])):
-            point = {"x": [kept], "y": [row["pruned_loss"] - row["parent_loss"]], "type": "scatter", "mode": "markers"}
-            data.append(
-                point | {"name": f"{html.escape(row['domain'])}, {name}", "marker": {"size": 11, "color": colour}}
-            )
+    healed = report["healed"] or {}
+    made = ", merged" if report["settings"]["merge"] else ""
+    data += _measured(report, report["losses"] or (), made + (", healed" if healed else ""), "circle")
+    data += _measured(report, healed.get("losses_before") or (), f"{made}, before healing", "circle-open")
     layout = {
         "title": {"text": "Loss added on held-out text"},
         "xaxis": {"title": {"text": "experts kept, %"}, "range": [0, 102]},
@@ -91,6 +90,27 @@ def cost_figure(report: Mapping[str, Any]) -> Figure:
         "height": 420,
     }
     return {"data": data, "layout": layout}
+
+
+def _measured(report: Mapping[str, Any], losses: Sequence[Mapping[str, Any]], made: str, symbol: str) -> list[Figure]:
+    """Return a point a domain; `made` says what was done to the model besides pruning."""
+    kept, points = 100 * sum(report["experts"]) / sum(report["parent"]["experts"]), []
+    for row in sorted(losses, key=lambda row: not row["in_domain"]):
+        if None in (row["parent_loss"], row["pruned_loss"]):
+            continue
+        where = "in domain" if row["in_domain"] else "out of domain"
+        marker = {"size": 11, "symbol": symbol, "color": _INSIDE if row["in_domain"] else _OUTSIDE}
+        points.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"{html.escape(row['domain'])}, {where}{made}",
+                "x": [kept],
+                "y": [row["pruned_loss"] - row["parent_loss"]],
+                "marker": marker,
+            }
+        )
+    return points
 
 
 def _heat(

@@ -19,7 +19,6 @@ from ..moe.storage.shared import shared_directory
 from ..moe.stored import PRUNING, StoredModel, open_unfinished
 from ..moe.workers import Workers
 from .console import notes, progress_sink
-from .models import check_files
 from .prune_choice import Choice
 from .prune_config import PruneCommand
 from .prune_losses import measure_losses
@@ -61,8 +60,6 @@ def write_pruned(
     out = Path(command.out).expanduser()
     with ranks.together():
         writer = pruned_writer(command, parent, choice)
-    if command.check:
-        check_files(parent, sources={piece.source for piece in choice.pruned.pieces.values()}, workers=ranks)
     made = resumable_directory(out, _key(command, identity, choice), _tell_stale)
     with shared_directory(ranks, made, partial(ResumableDirectory, rank=ranks.rank)) as directory:
         if directory.finished:
@@ -120,7 +117,10 @@ def _measured(
         if choice.healed:
             unhealed = unwritten_model(parent, choice.pruned)
             before = measure_losses(parent, unhealed, heldout, inside, ranks, tokens=tokens)
-    healed = choice.healed and {"losses": list(choice.healed.losses), "losses_before": before}
+    healed = None
+    if choice.healed:
+        losses_of_steps = {"losses": list(choice.healed.losses), "batches": choice.healed.batches}
+        healed = losses_of_steps | {"losses_before": before}
     return {"evaluate": command.evaluate, "losses": losses, "healed": healed}
 
 

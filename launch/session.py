@@ -52,11 +52,17 @@ class Session:
         self.stop, self.watchdog = stop, watchdog
         self.world = trainer.mesh.world
         save = self.config.save
-        background = background_axis(self.world, self.config.parallel.timeout) if save.background else None
+        background = background_axis(self.world, self.config.parallel.timeout) if save.beside_training else None
         self.checkpointer = Checkpointer(
-            directory / "checkpoints", keep=save.keep, world=self.world, background=background
+            directory / "checkpoints",
+            keep=save.keep,
+            every=save.every,
+            note=progress.note,
+            world=self.world,
+            background=background,
         )
-        self.saves = Saves(self.checkpointer, progress.note, background=save.background)
+        patience = self.config.parallel.timeout
+        self.saves = Saves(self.checkpointer, progress.note, background=save.beside_training, patience=patience)
         self.stopping = False  # some rank was asked to, and all know it
         self.matmul_rate = 0.0
         self.flops = train_flops(self.config.model, trainer.registry, self.config.sequence_length)
@@ -90,7 +96,9 @@ class Session:
             if self.world.rank == 0:
                 self.matmul_rate = matmul_rate(trainer.device, DTYPES[config.precision])
                 tensorboard = config.logger.tensorboard
-                metrics = Metrics(self.directory, tensorboard=tensorboard, resumed_step=self.resumed_step)
+                metrics = Metrics(
+                    self.directory, self.progress.note, tensorboard=tensorboard, resumed_step=self.resumed_step
+                )
         seconds, first = 0.0, trainer.step
         try:
             # Until all is saved: a signal in the last evaluation must not cost what was trained.
@@ -141,32 +149,40 @@ class Session:
             note(
                 f"step {step.step}: loss {step.loss:.3f} is a spike, {verdict.deviations:.1f} deviations above the mean"
             )
-        if (verdict.lasts or verdict.end) and guard.may_go_back and self._go_back(step.step - guard.bad):
+        last = step.step - guard.bad  # that was good
+        once = guard.bad == guard.config.patience or verdict.end  # a streak that was not gone behind goes on
+        if once and guard.may_go_back and self._go_back(last):
             return
         if verdict.lasts and verdict.deviations is not None:
             note(f"the loss has stayed there for {guard.bad} steps: that is the usual level from now on")
             guard.settle()
         if verdict.end:
             self.saves.wait()
-            newest = max(self.checkpointer.steps(), default=None)
+            stand = [other for other in self.checkpointer.steps() if other <= last]
+            whence = f"initial={self.checkpointer.path(stand[-1])}" if stand else "no initial="
             raise ValueError(
                 f"{guard.skipped} steps in a row were skipped; at step {step.step} the loss is {step.loss:.4g} and the "
                 f"gradient norm {step.grad_norm:.4g}; "
-                + ("there is no checkpoint" if newest is None else f"the newest checkpoint is of step {newest}")
-                + ": lower optim.lr, set guard.rollback=true, or raise guard.max_skipped"
+                + (f"the newest checkpoint before them is of step {stand[-1]}" if stand else "no checkpoint is older")
+                + f": set guard.rollback=true, raise guard.max_skipped, or begin another out= with {whence} and a "
+                "lower optim.lr"
             )
 
     def _go_back(self, last: int) -> bool:
-        """Take over the newest checkpoint of step `last` or before, and stay at this step; return whether there is one.
+        """Take over the newest checkpoint up to step `last`, and stay at this step; return whether there is one.
 
         What lies between, data and all, is left out, as PaLM's authors did (arXiv 2204.02311, section 5.1).
         """
         trainer, step, skipped = self.trainer, self.trainer.step, self.trainer.skipped
         self.watchdog.tell(f"going back from step {step}")
         self.saves.wait()
-        checkpoint = self.checkpointer.load_latest(self.progress.note, last=last)
+        try:
+            checkpoint = self.checkpointer.load_latest(self.progress.note, last=last)
+        except ValueError as error:  # the same on all ranks; the weights at hand are better than an end
+            self.progress.note(f"step {step}: not gone back: {error}")
+            return False
         if checkpoint is None:
-            self.progress.note(f"step {step}: there is no checkpoint of step {last} or before to go back to")
+            self.progress.note(f"step {step}: there is no checkpoint of mid-run up to step {last} to go back to")
             return False
         restore(trainer, checkpoint)
         trainer.guard.rolled_back = (trainer.step, step)

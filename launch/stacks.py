@@ -34,24 +34,21 @@ def find_place() -> Place:
     return next((place for place in places if place.collective is not None), places[0])
 
 
-def motion() -> tuple[tuple[int, int], ...]:
-    """Return what changes as soon as the main thread, or one that saves, moves on by an instruction of Python."""
-    frames = sys._current_frames()
-    watched = [
-        thread for thread in threading.enumerate() if thread is threading.main_thread() or thread.name[:4] == "save"
-    ]
-    stacks = [frames[thread.ident] for thread in watched if thread.ident in frames]
-    return tuple((id(frame.f_code), frame.f_lasti) for stack in stacks for frame in _outwards(stack))
-
-
 def dump_stacks(path: Path | None) -> None:
     """Write the Python stacks of all threads, innermost call first; None: to this process's stderr."""
     with open(2 if path is None else path, "w", closefd=path is not None) as file:
         faulthandler.dump_traceback(file, all_threads=True)
 
 
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame, its caller, and so on."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def _place(innermost: FrameType) -> Place:
-    frames = list(_outwards(innermost))
+    frames = list(outwards(innermost))
     # The outermost of them: all_gather_object ends in all_gather, and is what was called.
     calls = [number for number, frame in enumerate(frames) if frame.f_code.co_filename == _COLLECTIVES]
     collective, callers = None, frames
@@ -66,15 +63,8 @@ def _place(innermost: FrameType) -> Place:
 
 def _is_ours(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
-    return file.startswith(_PACKAGE) and "site-packages" not in file.removeprefix(
-        _PACKAGE
-    )  # an environment may lie there
-
-
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    # An environment may lie in the package's folder.
+    return file.startswith(_PACKAGE) and "site-packages" not in file.removeprefix(_PACKAGE)
 
 
 def _line(frame: FrameType) -> str:

@@ -20,6 +20,7 @@ class StopRequest:
         self.asked = False
         self.say: Callable[[str], None] = lambda line: None
         self._several, self._since = several, 0.0
+        self._echo_seconds = _ECHO_SECONDS if several else 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,5 +50,5 @@ class StopRequest:
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
             self.say("stopping after this step; press Ctrl-C again to stop without saving")
-        elif number == signal.SIGINT and time.monotonic() - self._since >= _ECHO_SECONDS * self._several:
+        elif number == signal.SIGINT and time.monotonic() - self._since >= self._echo_seconds:
             raise KeyboardInterrupt

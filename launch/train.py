@@ -1,9 +1,12 @@
 """`sigmoe train`: trains a model; a run that was interrupted goes on where its newest good checkpoint stands."""
 
 import math
+import os
+import secrets
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.parsing import from_mapping
 from ..moe.storage.checkpoint import MANIFEST, load_yaml
 from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
-from ..parallel.agreement import together
+from ..parallel.agreement import from_first, together
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import Axis, single_mesh
 from .build import build_mesh
@@ -70,6 +73,7 @@ def _train(
     count = count_parameters(train_config.model, registry)
     with together(world):
         check_memory(train_config, registry, mesh, 1 if cluster is None else cluster.local_size)
+    _check_shared(directory, world)
     progress = TrainProgress(plain_every=train_config.logger.every, silent=world.rank > 0)
     stop.say = progress.urgent
     trainer = Trainer(train_config, dataset, mesh)
@@ -150,6 +154,36 @@ def _check_directory(directory: Path, config: TrainConfig) -> bool:
         raise ValueError(f"{path} is not the config of a run: give another out=")
     check_same_run(before, config.to_dict())
     return True
+
+
+def _check_shared(directory: Path, world: Axis) -> None:
+    """Raise ValueError, on all ranks, where one does not see in `directory` what rank 0 writes there.
+
+    By a name that is new each time: a network file system may remember for a while what it knows of others.
+    """
+    if world.size == 1:
+        return
+    existed = directory.is_dir()
+
+    def leave() -> str:
+        token = directory / f".sigmoe-tmp-{secrets.token_hex(8)}-{os.getpid()}"
+        make_directory(directory)
+        write_file(token, b"")
+        return token.name
+
+    token = directory / from_first(leave, world)
+    try:
+        with together(world):
+            if not token.exists():
+                raise ValueError(
+                    f"what rank 0 writes into {directory} is not there: out= must be the same directory on all machines"
+                )
+    finally:
+        if world.rank == 0:
+            token.unlink(missing_ok=True)
+            if not existed:
+                with suppress(OSError):  # for the run; it is made again as it begins
+                    directory.rmdir()
 
 
 def _check_launch(parallel: ParallelConfig, world: Axis) -> None:

@@ -56,6 +56,11 @@ class SaveConfig:
         if self.every < 0 or (self.keep is not None and self.keep < 1):
             raise ValueError(f"every must be at least 0, keep at least 1 (or null), got {self.every} and {self.keep}")
 
+    @property
+    def beside_training(self) -> bool:
+        """Whether there are saves in mid-run that go on beside training."""
+        return self.background and self.every > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerConfig:
@@ -121,12 +126,26 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2^63), got {self.seed}")
+        if self.guard.rollback:
+            self._check_rollback()
         ends = [phase.until for phase in self.phases]
         if not ends or ends[-1] is not None or None in ends[:-1]:
             raise ValueError("phases: every phase but the last needs until, the last has until: null")
         bounds = [0, *(end for end in ends if end is not None), self.steps]
         if any(late <= early for early, late in pairwise(bounds)):
             raise ValueError(f"phases must end in ascending order before step {self.steps}, got until {ends[:-1]}")
+
+    def _check_rollback(self) -> None:
+        """Raise ValueError where no checkpoint from before a streak of bad steps would be left."""
+        every, keep, patience = self.save.every, self.save.keep, self.guard.patience
+        if not every:
+            raise ValueError("guard.rollback=true goes back to a checkpoint of mid-run: set save.every, now 0")
+        fewest = 1 + -(-(patience - 1) // every)  # one, and those made during the streak
+        if keep is not None and keep < fewest:
+            raise ValueError(
+                f"guard.rollback=true needs a checkpoint that is older than guard.patience={patience} steps: set "
+                f"save.keep to at least {fewest} (or null), got {keep}, or raise save.every"
+            )
 
     @staticmethod
     def load(data: Mapping[str, Any]) -> "TrainConfig":

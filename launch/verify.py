@@ -55,10 +55,12 @@ def verify_checkpoints(target: Path, *, every: bool) -> None:
     for path in find_checkpoints(target, every=every):
         with progress_sink(transient=True) as progress:
             manifest, stored = verify_model(path, progress)
-        files = manifest["files"]
+        files, experts = manifest["files"], manifest["experts"]
+        layers = len({layer for layer, _ in experts})
         results().print(
             f"ok  {path}  {stored.format if stored.step is None else f'step {stored.step}'}  {len(files) + 1} files  "
-            f"{sum(record['size'] for record in files.values()):,} bytes  {len(manifest['experts'])} experts",
+            f"{sum(record['size'] for record in files.values()):,} bytes  "
+            f"{len(experts)} experts in {layers} layers",
             soft_wrap=True,
         )
 
@@ -70,6 +72,8 @@ def find_checkpoints(path: Path, *, every: bool) -> list[Path]:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     checkpointer = Checkpointer(folder, keep=None)
     steps = checkpointer.found()
+    if not steps and (path / "config.json").is_file():
+        raise ValueError(f"{path} holds no {MANIFEST} to verify by: directories of transformers' have none; convert it")
     if not steps:
         raise ValueError(f"{path} holds no {MANIFEST}, nor checkpoints: give a step directory or a run directory")
     return [checkpointer.path(step) for step in (steps if every else steps[-1:])]

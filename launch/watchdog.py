@@ -1,8 +1,8 @@
 """The watchdog: where no rank moves on any more, it says which one sits where, who waits for it, and ends them all.
 
-A thread of every rank looks now and then whether the main thread has moved. Where one has stood still for the limit,
-all answer how they stand, over a store and never by a collective operation. While any of them moves, nothing hangs: it
-is loading, compiling or writing, and `parallel.timeout` bounds how long the rest may wait for it.
+A thread of every rank looks now and then whether the process has moved. Where one has stood still for the limit, all
+answer how they stand, over a store and never by a collective operation. While any of them moves, nothing hangs: it is
+loading, compiling or writing, and `parallel.timeout` bounds how long the rest may wait for it.
 """
 
 import os
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from torch import distributed
 
-from .launcher import Cluster
+from .launcher import Cluster, UnreachableError
+from .motion import Motion
 from .notice_board import Answer, NoticeBoard
-from .stacks import dump_stacks, find_place, motion
+from .stacks import dump_stacks, find_place
 
 # sysexits.h, EX_TEMPFAIL: nothing is wrong with what was asked for, try again.
 EXIT_CODE = 75
@@ -38,8 +39,9 @@ class Watchdog:
         self._tick = min(max(limit / 20, 0.1), 5.0)
         self._patience = 2 * self._tick + _STORE_SECONDS  # with one who is asked, and does not answer
         self._doing, self._beats = "starting", 0
-        self._unheard = 0.0
-        self._still, self._last = 0.0, (0, motion())
+        self._talker: threading.Thread | None = None
+        self._unheard, self._asked, self._lost = 0.0, False, 0
+        self._still, self._last_beats, self._motion = 0.0, 0, Motion()
         self._ended = threading.Event()
 
     def tell(self, doing: str) -> None:
@@ -52,50 +54,76 @@ class Watchdog:
         if self._cluster is None or not self._limit:
             yield
             return
-        threads = [
-            threading.Thread(target=task, args=(self._cluster,), name="watchdog", daemon=True)
-            for task in (self._watch, self._talk)
-        ]
-        for thread in threads:
-            thread.start()
+        watching = threading.Thread(target=self._watch, args=(self._cluster,), name="watchdog", daemon=True)
+        self._begin_talk(self._cluster)
+        watching.start()
         try:
             yield
         finally:
             self._ended.set()
-            for thread in threads:
+            for thread in (watching, self._talker):
+                assert thread is not None
                 thread.join(_LAST_SECONDS)
 
     def _watch(self, cluster: Cluster) -> None:
-        """Look whether the main thread moves, and the other one of these: who serves the store may be what hangs."""
+        """Look whether the process moves, and the thread that talks: who serves the store may be what hangs."""
+        renewed = False
         while not self._ended.wait(self._tick):
             self._look()
             self._unheard += self._tick
-            if self._still > self._limit and self._unheard > self._patience:
+            silent = self._still > self._limit and self._unheard > self._patience
+            if silent and not renewed:
+                self._begin_talk(cluster)
+            elif silent and self._unheard > 2 * self._patience:
                 self._end(cluster, [None] * cluster.rank + [self._answer()], None)
+            renewed = silent
+
+    def _begin_talk(self, cluster: Cluster) -> None:
+        """Talk over a new connection; a thread that waits at an old one, which was cut silently, is left there."""
+        self._talker = threading.Thread(target=self._talk, args=(cluster,), name="watchdog", daemon=True)
+        self._talker.start()
 
     def _talk(self, cluster: Cluster) -> None:
+        """Ask and answer, over a new connection where one is lost."""
+        while self._is_talker():
+            try:
+                self._converse(cluster, NoticeBoard(cluster, self._patience))
+            except (distributed.DistError, UnreachableError) as error:
+                self._unheard = 0.0  # who is out of reach may train on; what never answers raises nothing
+                self._lost += 1
+                if self._lost == 2:  # once may be the end of the run, where rank 0 has left
+                    why = " ".join(str(error).split())
+                    line = f"the watchdog of rank {cluster.rank} lost rank 0's store and tries again ({why:.120})"
+                    with suppress(OSError):
+                        os.write(2, f"\nsigmoe train: {line}\n".encode())
+            self._ended.wait(self._tick)
+
+    def _converse(self, cluster: Cluster, board: NoticeBoard) -> None:
         """Ask and answer. An operation of the store, at whose other end nothing moves, may take for ever."""
-        with suppress(distributed.DistError, ValueError):  # gone, as rank 0 is when all is over
-            board, asked = NoticeBoard(cluster, self._patience), False
-            while not self._ended.wait(self._tick):
-                stands = self._still > self._limit
-                if stands != asked:
-                    board.ask(stands)
-                    asked = stands
-                if board.is_asked():
-                    board.answer(self._answer())
-                    # All could judge; at a thousand ranks the first one alone is kinder to the store.
-                    judges = stands and (cluster.rank == 0 or self._still > self._limit + self._patience)
-                    answers = board.verdict(board.judge() if judges else None)
-                    if answers is not None:
-                        self._end(cluster, answers, board)
-                self._unheard = 0.0
+        while self._is_talker():
+            stands = self._still > self._limit
+            if stands != self._asked:
+                # Where the connection breaks in between, one too many may ask, which costs little; never one too few.
+                self._asked = self._asked and stands
+                board.ask(stands)
+                self._asked = stands
+            if board.is_asked():
+                board.answer(self._answer())
+                # All could judge; at a thousand ranks the first one alone is kinder to the store.
+                judges = stands and (cluster.rank == 0 or self._still > self._limit + self._patience)
+                answers = board.verdict(board.judge() if judges else None)
+                if answers is not None:
+                    self._end(cluster, answers, board)
+            self._unheard = 0.0
+            self._ended.wait(self._tick)
+
+    def _is_talker(self) -> bool:
+        return self._talker is threading.current_thread() and not self._ended.is_set()
 
     def _look(self) -> None:
-        now = self._beats, motion()
+        moved = self._motion.look(self._tick) or self._beats != self._last_beats
         # Counted by looks, not by a clock: a process that was suspended has not stood still.
-        self._still = 0.0 if now != self._last else self._still + self._tick
-        self._last = now
+        self._still, self._last_beats = 0.0 if moved else self._still + self._tick, self._beats
 
     def _answer(self) -> Answer:
         place, stands = find_place(), self._still > self._limit

@@ -46,14 +46,18 @@ class LocalDispatcher:
     def __init__(self, backends: Backends = TORCH) -> None:
         self.backends = backends
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, LocalReceipt]:
-        """Sort the tokens by expert, stably; see `Dispatcher`."""
+    def sort(self, routing: Routing) -> LocalReceipt:
+        """Sort the tokens by expert, stably."""
         sorted_by_expert = positions(
             routing.expert_BSK, routing.num_experts, capacity_B=routing.capacity_B, backend=self.backends.positions
         )
-        weight_TK = routing.weight_BSK.flatten(0, 1)
-        rows_RD = permute(x_TD, sorted_by_expert, weight_TK.shape[1], backend=self.backends.permute)
-        return rows_RD, sorted_by_expert.count_E, LocalReceipt(sorted_by_expert, weight_TK)
+        return LocalReceipt(sorted_by_expert, routing.weight_BSK.flatten(0, 1))
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, LocalReceipt]:
+        """Bring the tokens into their order by expert; see `Dispatcher`."""
+        receipt = self.sort(routing)
+        order, top_k = receipt.positions, receipt.weight_TK.shape[1]
+        return permute(x_TD, order, top_k, backend=self.backends.permute), order.count_E, receipt
 
     def combine(self, rows_RD: Tensor, receipt: LocalReceipt) -> Tensor:
         """Gather each token's rows; see `Dispatcher`."""

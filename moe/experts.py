@@ -6,22 +6,31 @@ Shape letters: D model width, F hidden width, E experts, R rows, T tokens, K top
 import torch
 from torch import Tensor, nn
 
-from ..kernels.expert_mlp import expert_mlp, routed_mlp
+from ..kernels.backend import Backend
+from ..kernels.expert_mlp import expert_mlp, moe_mlp, routed_mlp
 from ..kernels.linear import linear, linear_forward, packed
 from ..kernels.swiglu import swiglu, swiglu_forward
+from .dispatch import LocalReceipt
 
 
 class GroupedExperts(nn.Module):
     """SwiGLU experts with stacked weights: `gate_up` [E, 2F, D] (gate rows first) and `down` [E, D, F]."""
 
-    def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
+    def __init__(self, num_experts: int, dim: int, expert_dim: int, backend: Backend = "torch") -> None:
         super().__init__()
+        self.backend = backend
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
 
-    def forward(self, rows_RD: Tensor, count_E: Tensor) -> Tensor:
-        """Apply expert e to its `count_E[e]` rows; rows are grouped by expert in order."""
-        return expert_mlp(rows_RD, count_E, self.gate_up, self.down)
+    def forward(self, rows_RD: Tensor, count_E: Tensor, receipt: LocalReceipt | None = None) -> Tensor:
+        """Apply expert e to its `count_E[e]` rows; rows are grouped by expert in order.
+
+        With a receipt `rows_RD` are tokens, still in their own order, and so is the answer, their weighted sums.
+        """
+        if receipt is not None:
+            order, weight_TK = receipt.positions, receipt.weight_TK
+            return moe_mlp(rows_RD, weight_TK, order, self.gate_up, self.down, backend=self.backend)
+        return expert_mlp(rows_RD, count_E, self.gate_up, self.down, backend=self.backend)
 
     def extend(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return each token's weighted sum over its experts; no autograd."""

@@ -15,7 +15,7 @@ from .dispatch import Dispatcher, LocalDispatcher
 from .domains import DomainRegistry
 from .experts import DenseFFN, GroupedExperts
 from .routers import build_router
-from .routing import RoutingContext, RoutingStats
+from .routing import Routing, RoutingContext, RoutingStats
 
 
 class RMSNorm(nn.Module):
@@ -40,14 +40,13 @@ class MoELayer(nn.Module):
         sets = registry.sets(index)
         self.layer, self.backends = layer, backends
         self.gate = build_router(config.router, layer, config.dim, config.vocab_size, sets, backends)
-        self.experts = GroupedExperts(num_experts(registry, index), config.dim, config.expert_dim)
+        self.experts = GroupedExperts(num_experts(registry, index), config.dim, config.expert_dim, backends.expert_mlp)
         self.dispatcher: Dispatcher[object] = LocalDispatcher(backends)  # type: ignore[assignment]
 
     def forward(self, x_BSD: Tensor, context: RoutingContext) -> tuple[Tensor, RoutingStats]:
         """Return the layer's output and what its router counted."""
         routing = self.gate(x_BSD, context)
-        rows_RD, count_E, receipt = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        out_TD = self.dispatcher.combine(self.experts(rows_RD, count_E), receipt)
+        out_TD, receipt = self._through_experts(x_BSD.flatten(0, 1), routing)
         stats = RoutingStats(
             layer=self.layer,
             count_BE=routing.count_BE,
@@ -56,6 +55,14 @@ class MoELayer(nn.Module):
             dropped=self.dispatcher.dropped(receipt),
         )
         return out_TD.view_as(x_BSD), stats
+
+    def _through_experts(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, object]:
+        if self.backends.expert_mlp == "triton" and isinstance(self.dispatcher, LocalDispatcher):
+            # All in one: the products fetch the tokens themselves.
+            order = self.dispatcher.sort(routing)
+            return self.experts(x_TD, order.positions.count_E, order), order
+        rows_RD, count_E, receipt = self.dispatcher.dispatch(x_TD, routing)
+        return self.dispatcher.combine(self.experts(rows_RD, count_E), receipt), receipt
 
     def extend(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
         """Return the layer's output outside training, all experts being here; nothing is counted, no autograd."""

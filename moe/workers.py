@@ -6,7 +6,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .storage.hashing import NoRoomError, WriteError
+
 T = TypeVar("T")
+
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (NoRoomError, WriteError, ValueError, OSError)
+}  # a kind before what it is one of
 
 
 class Workers:
@@ -17,6 +23,7 @@ class Workers:
 
     rank: int = 0
     size: int = 1
+    told: Exception | None = None  # what all raised together
 
     def exchange(self, data: Any) -> list[Any]:
         """Return everyone's `data`, by rank."""
@@ -30,9 +37,19 @@ class Workers:
     def together(self) -> Iterator[None]:
         """Run a block in which nobody waits for another; what it raises on one, all raise (the lowest rank's, named).
 
-        Covers ValueError and OSError.
+        Covers ValueError and OSError. One process alone runs the block as it is.
         """
-        yield
+        if self.size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as caught:
+            error = caught
+        self.told = _first_error(self.exchange(None if error is None else [_kind(error), str(error)]))
+        if self.told is not None:
+            raise self.told from error
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what `make`, called by rank 0 alone, returns, or raise on all what it raises."""
@@ -69,6 +86,19 @@ class Workers:
             yield own[0] if own else None, told
             with self.together():
                 stack.close()
+
+
+def _first_error(everyone: Sequence[list[str] | None]) -> Exception | None:
+    """Return the lowest rank's error, that rank named unless it is 0."""
+    for rank, told in enumerate(everyone):
+        if told is not None:
+            kind, text = told
+            return _KINDS[kind](text if rank == 0 else f"rank {rank}: {text}")
+    return None
+
+
+def _kind(error: Exception) -> str:
+    return next(name for name, kind in _KINDS.items() if isinstance(error, kind))
 
 
 ALONE = Workers()

@@ -4,9 +4,10 @@ With several processes all of them call `save`, `begin_save` and `load_latest`, 
 """
 
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from ..moe.storage.checkpoint import (
 from ..moe.storage.durable import (
     DurableDirectory,
     FileRecord,
+    NoRoomError,
+    WriteError,
     durable_directory,
     make_directory,
     remove_directory,
@@ -41,13 +44,24 @@ _STEP = re.compile(r"step-(\d{8,})")
 class Checkpointer:
     """Saves and finds checkpoints in `directory`; keeps the newest `keep` (None: all).
 
+    Those of steps that are no multiple of `every` (0: there are none), made where a run was stopped, do not count, and
+    go when a newer one stands: nothing depends on where it was stopped.
+
     `background` is the same processes as `world` in a group of their own (`background_axis`), for `begin_save`.
+    `note` hears of an old checkpoint that could not be deleted, also from the thread that saves.
     """
 
     def __init__(
-        self, directory: Path, *, keep: int | None, world: Axis | None = None, background: Axis | None = None
+        self,
+        directory: Path,
+        *,
+        keep: int | None,
+        every: int = 0,
+        note: Callable[[str], None] | None = None,
+        world: Axis | None = None,
+        background: Axis | None = None,
     ) -> None:
-        self.directory, self.keep = directory, keep
+        self.directory, self.keep, self.every, self.note = directory, keep, every, note
         self.world = single_mesh().world if world is None else world
         self.background = background
 
@@ -66,15 +80,27 @@ class Checkpointer:
 
         Returns when the tensors that are here are copied to host memory; the rest of `content` must not change. The
         future has the directory, or raises. Await it before the next save begins, and before the process ends.
-        Raises WriteError at once where the disk has no room.
+        Raises WriteError at once where the disk has no room, or the memory none for the copy.
         """
         axis = self.world if self.background is None else self.background
         assert axis is not self.world or axis.size == 1, "the thread's messages would mix with training's"
         self._prepare(content)
-        copied = replace(content, model=_snapshot(content.model), optimizer=_snapshot(content.optimizer))
-        pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        future = pool.submit(self._write, step, copied, axis)
-        pool.shutdown(wait=False)  # the thread ends with its work
+        with together(self.world), _memory_errors(NoRoomError):
+            copied = replace(content, model=_snapshot(content.model), optimizer=_snapshot(content.optimizer))
+        # In the midst of messages one rank cannot refuse alone: then the run ends.
+        kind = NoRoomError if axis.size == 1 else WriteError
+        future = Future[Path]()
+
+        def write() -> None:
+            try:
+                with _memory_errors(kind):
+                    path = self._write(step, copied, axis)
+                future.set_result(path)
+            except BaseException as error:  # whoever awaits it raises it
+                future.set_exception(error)
+
+        # A daemon: a process that gives up a save must not wait for it at its exit.
+        threading.Thread(target=write, name=f"save {step}", daemon=True).start()
         return future
 
     def _prepare(self, content: CheckpointContent) -> None:
@@ -120,10 +146,24 @@ class Checkpointer:
         path = self.path(step)
         write_file(self.directory / "latest", f"{path.name}\n".encode())
         if self.keep is not None:
-            older = [other for other in self.steps() if other < step]
-            for other in older[: max(len(older) + 1 - self.keep, 0)]:
-                if not self.path(other).is_symlink():  # moved elsewhere by the user, whose it is now
+            for other in self._beyond(step, self.keep):
+                if self.path(other).is_symlink():  # moved elsewhere by the user, whose it is now
+                    continue
+                try:
                     remove_directory(self.path(other))
+                except WriteError as error:  # the new one stands all the same
+                    if self.note is not None:
+                        self.note(f"the checkpoint of step {other} is not deleted: {error}")
+
+    def _beyond(self, step: int, keep: int) -> list[int]:
+        """Return the steps to delete once `step` stands."""
+        older = [other for other in self.steps() if other < step]
+        counted = [other for other in older if self._is_regular(other)]
+        excess = len(counted) + self._is_regular(step) - keep
+        return [other for other in older if other not in counted] + counted[: max(excess, 0)]
+
+    def _is_regular(self, step: int) -> bool:
+        return not self.every or step % self.every == 0
 
     def path(self, step: int) -> Path:
         """Return where the checkpoint of `step` stands, or would stand."""
@@ -141,8 +181,9 @@ class Checkpointer:
         return tuple(sorted(step for step in steps if self.path(step).is_dir()))
 
     def load_latest(self, on_fallback: Callable[[str], None], *, last: int | None = None) -> Checkpoint | None:
-        """Return the newest checkpoint (of step `last` at the latest) whose files all verify; None where none stands.
+        """Return the newest checkpoint whose files all verify; None where none stands.
 
+        With `last`: of the multiples of `every` up to this step, which are the same wherever the run was interrupted.
         `on_fallback` hears of each damaged one before an older is tried. Raises ValueError where all are damaged,
         rather than start again and overwrite them.
         """
@@ -158,6 +199,8 @@ class Checkpointer:
                 continue
             return checkpoint
         if damage is not None:
+            if last is not None:
+                raise ValueError(f"no checkpoint up to step {last} is whole: {damage}")
             raise ValueError(f"no checkpoint in {self.directory} is whole: {damage}; give another out= to start again")
         return None
 
@@ -165,7 +208,19 @@ class Checkpointer:
         """Clear leftovers; return the steps that stand, not later than `last`, the newest first."""
         if self.directory.is_dir():
             remove_stale(self.directory)
-        return [step for step in reversed(self.found()) if last is None or step <= last]
+        return [step for step in reversed(self.found()) if last is None or (step <= last and self._is_regular(step))]
+
+
+@contextmanager
+def _memory_errors(kind: type[WriteError]) -> Iterator[None]:
+    """Turn what says that there is no memory into a `kind` of one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        why = " ".join(str(error).split())[:120] or "MemoryError"
+        raise kind(f"not enough memory to save: {why}") from error
 
 
 def _snapshot(tensors: Mapping[str, NamedTensor]) -> Mapping[str, NamedTensor]:

@@ -149,12 +149,11 @@ def expert_mlp_forward(
     x_TD is the rows.
     """
     x_TD, gate_up_EGD, down_EDF = x_TD.contiguous(), gate_up_EGD.contiguous(), down_EDF.contiguous()
-    out_TD, hidden_RG = _empty(x_TD, weight_TK, row_TK, source_R, count_E, gate_up_EGD, down_EDF)
-    R, (D, F) = hidden_RG.shape[0], down_EDF.shape[1:]
+    R, (D, F) = (x_TD if source_R is None else source_R).shape[0], down_EDF.shape[1:]
+    hidden_RG, act_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     if R == 0:
-        return out_TD.zero_(), hidden_RG
+        return torch.zeros_like(x_TD), hidden_RG
     work_L4, _ = list_blocks(count_E, x_TD, R)
-    act_RF = x_TD.new_empty(R, F)
     _up_by_size[x_TD.element_size()][tiles_of(work_L4, 2 * F)](
         x_TD, source_R, gate_up_EGD, work_L4, hidden_RG, act_RF,
         D=D, F=F, K=_top_k(row_TK), GATHER=source_R is not None, **blocks_of(x_TD),
@@ -204,6 +203,7 @@ def expert_mlp_backward(
     grad_RG, act_RF = torch.empty_like(hidden_RG), hidden_RG.new_empty(R, F)
     blocks = blocks_of(x_TD)
     columns = triton.cdiv(F, 2 * blocks["BLOCK_K"])
+    weight_TK = None if weight_TK is None else weight_TK.contiguous()
     # A dropped pair has no row, and its weight no gradient.
     dot_TKC = None if row_TK is None else x_TD.new_zeros(*row_TK.shape, columns, dtype=torch.float32)
     if R:

@@ -194,6 +194,7 @@ def _choices(K: int) -> int:
 
 
 _MOST_STEPS = 8  # tiles of a program: the partial sums are a fiftieth of the logits' bytes and less
+_BLOCK_P = 32
 
 
 @torch.library.custom_op("sigmoe::gate", mutates_args=())
@@ -207,7 +208,8 @@ def gate_forward(
     if B * S == 0:
         return expert_BSK, weight_BSK, count_BE.zero_(), prob_BE.zero_(), z_B.zero_(), lse_BS
     blocks = _blocks(E, logits_BSE.device)
-    steps = min(triton.next_power_of_2(triton.cdiv(S, blocks["BLOCK_S"])), _MOST_STEPS)
+    most_steps, block_P = (_MOST_STEPS, _BLOCK_P) if logits_BSE.is_cuda else (2, 2)
+    steps = min(triton.next_power_of_2(triton.cdiv(S, blocks["BLOCK_S"])), most_steps)
     P = triton.cdiv(S, blocks["BLOCK_S"] * steps)
     count_part = logits_BSE.new_empty(B, P, E, dtype=torch.int32)
     prob_part, z_part = logits_BSE.new_empty(B, P, E), logits_BSE.new_empty(B, P)
@@ -217,7 +219,7 @@ def gate_forward(
         **blocks,
     )  # fmt: skip
     grid = (B, triton.cdiv(E, 32))
-    _add_up[grid](count_part, prob_part, z_part, count_BE, prob_BE, z_B, P, E=E, BLOCK_P=32, BLOCK_E=32)
+    _add_up[grid](count_part, prob_part, z_part, count_BE, prob_BE, z_B, P, E=E, BLOCK_P=block_P, BLOCK_E=32)
     return expert_BSK, weight_BSK, count_BE, prob_BE, z_B, lse_BS
 
 
@@ -286,7 +288,7 @@ def table_gate_forward(
     expert_BS = token_BS.new_empty(B, S)
     count_BE = token_BS.new_zeros(B, num_experts)
     if B * S:
-        block_S = 1024 if token_BS.device.type == "cuda" else 16
+        block_S = 1024 if token_BS.is_cuda else 16
         P = triton.cdiv(S, block_S)
         _look_up[(B * P,)](
             token_BS.contiguous(), domain_B, table_NV.contiguous(), sets_NM.contiguous(), expert_BS, count_BE,
@@ -320,7 +322,7 @@ def compile_cases() -> Iterator[CompileCase]:
         yield CompileCase(name=f"gate forward {name}", kernel=_forward, signature=signature, constants=constants)
         yield CompileCase(name=f"gate backward {name}", kernel=_backward, signature=backward, constants=common)
     sums = {"count_part": "*i32", "prob_part": "*fp32", "z_part": "*fp32", "count": "*i64", "prob": "*fp32"}
-    constants = {"E": 128, "BLOCK_P": 32, "BLOCK_E": 32}
+    constants = {"E": 128, "BLOCK_P": _BLOCK_P, "BLOCK_E": 32}
     yield CompileCase(
         name="gate sums", kernel=_add_up, signature=sums | {"z": "*fp32", "P": "i32"}, constants=constants
     )

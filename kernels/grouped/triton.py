@@ -139,7 +139,7 @@ def configs(*pairs: tuple[int, int]) -> list[triton.Config]:
 # By bytes of an element; in fp32 wider columns spill. A load of addresses costs the rows' product half its stages.
 _MULTIPLY = {2: configs((4, 3), (4, 4), (2, 4)), 4: configs((2, 3), (2, 4))}
 _MULTIPLY_ROWS = {2: configs((4, 5), (4, 3), (2, 5)), 4: configs((2, 5), (2, 3))}
-_multiply_by_size = {size: tuned(several, key=["D", "N"])(_multiply) for size, several in _MULTIPLY.items()}
+_multiply_by_size = {size: tuned(several, ["D", "N", "TRANSPOSED"])(_multiply) for size, several in _MULTIPLY.items()}
 _multiply_rows_by_size = {size: tuned(several, ["D", "N"])(_multiply_rows) for size, several in _MULTIPLY_ROWS.items()}
 
 
@@ -155,7 +155,7 @@ def gpu_blocks(itemsize: int) -> dict[str, int]:
 
 def list_blocks(count_E: Tensor, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Return the list of blocks for rows like `x`, int32 [L, 4], and where each expert's rows end, int64 [E]."""
-    E, block_M = count_E.numel(), blocks_of(x)["BLOCK_M"]
+    count_E, E, block_M = count_E.contiguous(), count_E.numel(), blocks_of(x)["BLOCK_M"]
     L = min(num_rows, num_rows // block_M + E)
     work_L4, end_E = count_E.new_empty(L, 4, dtype=torch.int32), count_E.cumsum(0)
     if L:
@@ -213,26 +213,24 @@ def product_cases(
     chosen: Mapping[int, Sequence[triton.Config]],
     constants: Mapping[str, object],
 ) -> Iterator[CompileCase]:
-    """Yield a kernel in its configurations, by bytes an element, and in the first for dimensions that fit no block."""
+    """Yield a kernel in its configurations, in bf16 and fp32; in fp16 the first, for sizes that fit no block."""
     kinds = dict.fromkeys(("source", "end"), "*i64") | {"work": "*i32", "share": "*fp32", "dot": "*fp32"}
     odd = {key: 400 if key in ("D", "N", "F") else value for key, value in constants.items()}
-    for size, several in chosen.items():
-        kind, *others = {2: ("bf16", "fp16"), 4: ("fp32",)}[size]
-        all_of = [(kind, constants, config) for config in several] + [(kind, odd, several[0])]
-        all_of += [(other, constants, several[0]) for other in others]
-        for kind, sizes, config in all_of:
-            values = {**sizes, **gpu_blocks(size), **config.kwargs}
-            signature = {key: kinds.get(key, f"*{kind}") for key in kernel.arg_names if key not in values}
-            title = ", ".join(f"{key} {values[key]}" for key in ("D", "N", "F", "SPAN") if key in values)
-            yield CompileCase(
-                name=f"{name}, {kind}, {title}, {config.num_stages} stages",
-                kernel=kernel,
-                signature=signature,
-                constants=values,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                is_product=True,
-            )
+    all_of = [("bf16", constants, config) for config in chosen[2]] + [("fp16", odd, chosen[2][0])]
+    all_of += [("fp32", constants, config) for config in chosen.get(4, ())]
+    for kind, sizes, config in all_of:
+        values = {**sizes, **gpu_blocks(4 if kind == "fp32" else 2), **config.kwargs}
+        signature = {key: kinds.get(key, f"*{kind}") for key in kernel.arg_names if key not in values}
+        title = ", ".join(f"{key} {values[key]}" for key in ("D", "N", "F", "SPAN") if key in values)
+        yield CompileCase(
+            name=f"{name}, {kind}, {title}, {config.num_stages} stages",
+            kernel=kernel,
+            signature=signature,
+            constants=values,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            is_product=True,
+        )
 
 
 def compile_cases() -> Iterator[CompileCase]:

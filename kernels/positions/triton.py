@@ -91,13 +91,15 @@ def order(expert_BSK: Tensor, num_experts: int, capacity_B: Tensor | None) -> tu
     if capacity_B is None:
         B, S = 1, B * S
         capacity_B = expert_BSK.new_full((1,), S * K)
-    tile = _TILE if expert_BSK.device.type == "cuda" else 16
+    tile = _TILE if expert_BSK.is_cuda else 16
     expert_BSK, capacity_B, L, M = expert_BSK.contiguous(), capacity_B.contiguous(), S * K, triton.cdiv(S * K, tile)
     upto_EBM = expert_BSK.new_empty(E, B, M, dtype=torch.int32)
     rank_EBM, start_EB = torch.empty_like(upto_EBM), expert_BSK.new_empty(E, B)
     block_E = max(triton.next_power_of_2(E), 2)
     _histogram[(B * M,)](expert_BSK, upto_EBM, L, M, E=E, TILE=tile, BLOCK_E=block_E)
-    _scan[(E,)](upto_EBM, capacity_B, rank_EBM, start_EB, count_E, B, M, **_scan_blocks(B, M))
+    _scan[(E,)](
+        upto_EBM, capacity_B, rank_EBM, start_EB, count_E, B, M, **_scan_blocks(B, M, 1024 if expert_BSK.is_cuda else 4)
+    )
     _place[(B * M,)](
         expert_BSK, capacity_B, rank_EBM, start_EB, count_E, count_E.cumsum(0), row_TK, source_N, B, L, M,
         TILE=tile, num_warps=_SORT_WARPS,
@@ -111,10 +113,10 @@ def _empty(expert_BSK: Tensor, num_experts: int, capacity_B: Tensor | None) -> t
     return new(B * S, K), new(B * S * K), new(num_experts)
 
 
-def _scan_blocks(B: int, M: int) -> dict[str, int]:
-    """1024 tiles at a time, of as few sequences as have them."""
-    block_M = min(max(triton.next_power_of_2(M), 2), 1024)
-    return {"BLOCK_B": min(max(triton.next_power_of_2(B), 2), max(1024 // block_M, 2)), "BLOCK_M": block_M}
+def _scan_blocks(B: int, M: int, tiles: int) -> dict[str, int]:
+    """So many tiles at a time, of as few sequences as have them."""
+    block_M = min(max(triton.next_power_of_2(M), 2), tiles)
+    return {"BLOCK_B": min(max(triton.next_power_of_2(B), 2), max(tiles // block_M, 2)), "BLOCK_M": block_M}
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -130,6 +132,6 @@ def compile_cases() -> Iterator[CompileCase]:
 
     for E in (8, 128, 512):
         yield case(f"histogram E {E}", _histogram, E=E, TILE=_TILE, BLOCK_E=E)
-    yield case("scan, 1 sequence", _scan, **_scan_blocks(1, 1024))
-    yield case("scan, 8 sequences", _scan, **_scan_blocks(8, 128))
+    yield case("scan, 1 sequence", _scan, **_scan_blocks(1, 1024, 1024))
+    yield case("scan, 8 sequences", _scan, **_scan_blocks(8, 128, 1024))
     yield case("place", _place, num_warps=_SORT_WARPS, TILE=_TILE)

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,12 @@ def _spool_folder(out: Path) -> Iterator[Path]:
     remove_stale(out.parent)
     prefix, suffix = f".sigmoe-tmp-{out.name}.", f"-{os.getpid()}"
     try:
-        with write_errors(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=prefix, suffix=suffix) as name:
+        with ExitStack() as stack:
+            with write_errors(out):  # of the block's errors none is turned into another
+                spool = tempfile.TemporaryDirectory(
+                    dir=out.parent, prefix=prefix, suffix=suffix, ignore_cleanup_errors=True
+                )
+                name = stack.enter_context(spool)
             yield Path(name)
     finally:
         for parent in made:

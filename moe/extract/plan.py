@@ -38,6 +38,12 @@ class Submodel:
     registry: DomainRegistry
     pieces: dict[str, Piece]
 
+    @property
+    def sources(self) -> frozenset[str]:
+        """The tensors of the other model that are read, whole or in part."""
+        pieces = self.pieces.values()
+        return frozenset(name for piece in pieces for name in (piece.source, *(share for share, _ in piece.shares)))
+
 
 def plan_submodel(config: ModelConfig, registry: DomainRegistry, names: Sequence[str]) -> Submodel:
     """Plan the submodel of the domains `names`; they keep their order and are numbered anew.

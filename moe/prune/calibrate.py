@@ -59,15 +59,16 @@ def calibrate(
     if subsets:
         check_enumerable(experts)
     run = _Calibration(model, text, work, subsets, workers)
-    identity = model_identity(model)
+    identity = workers.from_first(lambda: model_identity(model))
     # Without the last sparse layer's output: nothing needs it.
     steps = max(model.config.sparse_layer_ids) + 2
     for step in range(run.begin(identity), steps):
         run.take(step, keep_hidden=step < steps - 1, progress=lambda done: progress(done, steps * len(text)))
-    layers = tuple(
-        LayerSums.unpack(run.spill.sums(layer + 1), number)
-        for layer, number in zip(model.config.sparse_layer_ids, experts, strict=True)
-    )
+    with workers.together():
+        layers = tuple(
+            LayerSums.unpack(run.spill.sums(layer + 1), number)
+            for layer, number in zip(model.config.sparse_layer_ids, experts, strict=True)
+        )
     return CalibrationSums(model=identity, text=text.description, layers=layers)
 
 
@@ -81,35 +82,35 @@ class _Calibration:
 
     def begin(self, identity: str) -> int:
         """Return the first step to take; the lead prepares the folder."""
-        finished = []
-        if self._workers.rank == 0:
-            settings = {
-                "format_version": _SPILL_VERSION,
-                "model": identity,
-                "text": dict(self._text.description),
-                "batch_size": self._text.batch_size,
-                "subsets": self._subsets,
-            }
+        settings = {
+            "format_version": _SPILL_VERSION,
+            "model": identity,
+            "text": dict(self._text.description),
+            "batch_size": self._text.batch_size,
+            "subsets": self._subsets,
+        }
+
+        def prepare() -> int:
             steps = self.spill.prepare(settings)
             if steps == 0:  # before and after a step the hidden states lie side by side
                 require_space(self._work, 2 * 4 * self._text.description["tokens"] * self._config.dim)
-            finished = [torch.tensor([steps], dtype=torch.float64)]
-        (said,) = self._workers.gather(finished)
-        return int(said)
+            return steps
+
+        return self._workers.from_first(prepare)
 
     def take(self, step: int, *, keep_hidden: bool, progress: Callable[[int], None]) -> None:
         """Take all batches through `step`, this worker every `size`-th of them."""
         rank, size, number = self._workers.rank, self._workers.size, len(self._text)
         total: Tensor | None = None
         for first in range(0, number, size):
-            mine = [self._run(step, first + rank, keep_hidden)] if first + rank < number else []
+            with self._workers.together():
+                mine = [self._run(step, first + rank, keep_hidden)] if first + rank < number else []
             for sums in self._workers.gather(mine):
                 total = sums if total is None else total + sums
             progress(step * number + min(first + size, number))
         assert total is not None
-        if rank == 0:
-            self.spill.finish(step, total)
-        self._workers.gather([])  # until the lead has finished the step, its file may be missing
+        done = total
+        self._workers.from_first(lambda: self.spill.finish(step, done))  # until then the step's file may be missing
 
     def _run(self, step: int, index: int, keep_hidden: bool) -> Tensor:
         """Take one batch through `step`; returns its sums as a vector, empty where the step collects none."""

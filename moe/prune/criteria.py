@@ -18,7 +18,7 @@ An expert that no token chose has saliency 0 under all that are sums or means.
 Shape letters: E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from ..config import layer_experts
 from ..keyed import keyed_uniform, seed_of
 from ..stored import StoredModel
+from ..workers import ALONE, Workers
 from .sums import MOST_ENUMERATED, LayerSums
 
 # Which need calibration text, and which not.
@@ -89,12 +90,15 @@ def random_saliency(experts: Sequence[int], seed: int) -> tuple[Tensor, ...]:
 
 
 def weight_saliency(
-    model: StoredModel, progress: Callable[[int, int], None] = lambda done, total: None
+    model: StoredModel,
+    workers: Workers = ALONE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, ...]:
     """Return each sparse layer's float64 `[E]` of rms(w) / mean |w| over an expert's three matrices together.
 
     At least 1; the inverse of AIMER's score, in which experts with evenly spread weights stand highest and are dropped.
-    An expert of zeros has 0. One tensor is in memory at a time; `progress` hears bytes read and in all.
+    An expert of zeros has 0. One tensor is in memory at a time; each process rates its share of the layers. `progress`
+    hears bytes read and in all, of this share.
     """
     names = [
         [
@@ -103,20 +107,29 @@ def weight_saliency(
         ]
         for layer, number in zip(model.config.sparse_layer_ids, layer_experts(model.config, model.registry))
     ]
-    total = sum(model.tensors.num_bytes(name) for layer in names for expert in layer for name in expert)
-    done, values = 0, []
-    for layer in names:
-        value_E = torch.zeros(len(layer), dtype=torch.float64)
-        for expert, matrices in enumerate(layer):
-            absolute, squares, count = 0.0, 0.0, 0
-            for name in matrices:
-                weight = model.tensors.read(name).flatten()
-                for chunk in torch.split(weight, _CHUNK):
-                    wide = chunk.double()
-                    absolute, squares = absolute + float(wide.abs().sum()), squares + float(wide.square().sum())
-                count, done = count + weight.numel(), done + weight.nbytes
-                progress(done, total)
-            if absolute:
-                value_E[expert] = (squares / count) ** 0.5 / (absolute / count)
-        values.append(value_E)
-    return tuple(values)
+    share = names[workers.rank :: workers.size]
+    total = sum(model.tensors.num_bytes(name) for layer in share for expert in layer for name in expert)
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        weight = model.tensors.read(name).flatten()
+        done += weight.nbytes
+        progress(done, total)
+        return weight
+
+    def rate(layer: Sequence[Sequence[str]]) -> list[float]:
+        return [_spread_of(map(read, matrices)) for matrices in layer]
+
+    return tuple(torch.tensor(values, dtype=torch.float64) for values in workers.spread(rate, names))
+
+
+def _spread_of(weights: Iterable[Tensor]) -> float:
+    """Return rms / mean of the magnitudes of all elements; 0 where all are zero."""
+    absolute, squares, count = 0.0, 0.0, 0
+    for weight in weights:
+        for chunk in torch.split(weight, _CHUNK):
+            wide = chunk.double()
+            absolute, squares = absolute + float(wide.abs().sum()), squares + float(wide.square().sum())
+        count += weight.numel()
+    return (squares / count) ** 0.5 / (absolute / count) if absolute else 0.0

@@ -25,11 +25,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .hashing import BytesLike, FileRecord, HashingWriter, WriteError, write_errors
+from .hashing import BytesLike, FileRecord, HashingWriter, NoRoomError, WriteError, write_errors
 
 __all__ = [
     "DurableDirectory",
     "FileRecord",
+    "NoRoomError",
     "WriteError",
     "durable_directory",
     "is_leftover",
@@ -207,7 +208,7 @@ def restore_replaced(parent: Path) -> None:
 
 
 def require_space(parent: Path, num_bytes: int) -> None:
-    """`WriteError` in one line unless the file system of `parent` (or its nearest existing ancestor) has room."""
+    """`NoRoomError` in one line unless the file system of `parent` (or its nearest existing ancestor) has room."""
     place = parent.absolute()
     while not place.exists():
         place = place.parent
@@ -217,7 +218,7 @@ def require_space(parent: Path, num_bytes: int) -> None:
         raise WriteError(f"{parent}: the free space cannot be read ({error.strerror})") from error
     if free < num_bytes:
         needed = f"{num_bytes / 1e9:.3f} GB needed, {free / 1e9:.3f} GB free"
-        raise WriteError(f"{parent}: not enough disk space: {needed}; free some or choose another directory")
+        raise NoRoomError(f"{parent}: not enough disk space: {needed}; free some or choose another directory")
 
 
 def is_leftover(name: str) -> bool:

@@ -1,5 +1,6 @@
 """One file written once: SHA-256 and size taken while the bytes go by, fsynced when closed; and the hash read back."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ _CALL_BYTES = 1 << 20
 _GATHER_BYTES = 1 << 20
 # The disk is given so much at a time while the rest is still being hashed, instead of all of it at the end.
 _FLUSH_BYTES = 128 << 20
+# What may be over while the program still runs.
+_PASSING = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 
 
 class FileRecord(NamedTuple):
@@ -32,6 +35,10 @@ class WriteError(ValueError):
     """The disk refused (full, quota, rights, input/output error). One line; what stood before still stands."""
 
 
+class NoRoomError(WriteError):
+    """No room on the disk or in memory, or an input/output error: the next write may pass."""
+
+
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a `WriteError` in one line that names the file."""
@@ -39,7 +46,8 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else path
-        raise WriteError(f"{name}: writing failed: {error.strerror or error}") from error
+        kind = NoRoomError if error.errno in _PASSING else WriteError
+        raise kind(f"{name}: writing failed: {error.strerror or error}") from error
 
 
 class HashingWriter:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def resumable_directory(
     require_replaceable(path, False)
     make_directory(path.parent)
     remove_stale(path.parent)
-    part = _part(path)
-    with _locked(part):
+    part = part_path(path)
+    with _alone_in(part):
         wanted, file = json.dumps(settings, sort_keys=True).encode(), part / _SETTINGS
         if not file.is_file() or file.read_bytes() != wanted:
             if any(part.iterdir()):
@@ -110,26 +110,35 @@ def resumable_directory(
 
 def clear_part(path: Path) -> None:
     """Delete what a writer left that was killed when `path` had its name already, or that nobody will finish."""
-    if _part(path).exists():
-        with _locked(_part(path)):
-            remove_directory(_part(path))
+    part = part_path(path)
+    if part.exists():
+        with _alone_in(part):
+            remove_directory(part)
     remove_stale(path.parent)
 
 
-def _part(path: Path) -> Path:
+def part_path(path: Path) -> Path:
+    """Return the hidden sibling of `path` in which it grows."""
     return path.parent / f".sigmoe-part-{path.name}"
 
 
+def _alone_in(part: Path) -> AbstractContextManager[None]:
+    return locked(part, f"another process is writing {part}: wait for it, or give another out=")
+
+
 @contextmanager
-def _locked(part: Path) -> Iterator[None]:
-    """Make the folder and be alone in it; the kernel lets go of the lock when the process ends, however it ends."""
-    make_directory(part)
-    descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Make the folder and be alone in it; the kernel lets go of the lock when the process ends, however it ends.
+
+    Raises ValueError, with the text `refusal`, where another process is in it.
+    """
+    make_directory(folder)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is writing {part}: wait for it, or give another out=") from error
+            raise ValueError(refusal) from error
         yield
     finally:
         os.close(descriptor)

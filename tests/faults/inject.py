@@ -100,6 +100,13 @@ def record_samples(name):
     BatchLoader.batch = recorded
 
 
+def another_machine():
+    """Have a folder of its own under the name of the run's, as on a machine without the others' disk."""
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+
+
 def another_version():
     """Run with another version of a library than the rest."""
     preflight._version = lambda name: "0"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from inject import (
+    another_machine,
     another_version,
     at_step,
     in_evaluation,
@@ -52,6 +53,7 @@ SCENARIOS = {
     "spike": (None, JUNK, [*SPIKE, "parallel.ep=2"]),
     "no token": (None, NOTHING, NO_TOKEN),
     "another version": (1, another_version, []),
+    "another machine": (1, another_machine, []),
 }
 
 
@@ -110,6 +112,7 @@ def found(folder, status, seconds=0.0):
         "words": [path.read_text() for path in sorted(folder.glob("words-*"))],
         "stacks": sorted(path.name for path in run.glob("stacks-*")),
         "steps": sorted(steps),
+        "begun": run.exists(),
         "model": {step: json.dumps(files, sort_keys=True) for step, files in model.items()},
         "all": {step: json.dumps(files, sort_keys=True) for step, files in manifests.items()},
         "guard": {step: json.loads((path / "state.json").read_text())["guard"] for step, path in steps.items()},
@@ -134,7 +137,7 @@ def change_ranks(folder, overrides):
 def interrupt_a_spike(folder, overrides):
     """One process that stops in the midst of a spike, and goes on."""
     spiked = [*overrides, *ALWAYS, *SPIKE]
-    alone(folder, [*spiked, "stop_at=27"], JUNK)
+    alone(folder, [*spiked, "stop_at=25"], JUNK)
     return found(folder, alone(folder, spiked, JUNK))
 
 

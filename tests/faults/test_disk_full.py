@@ -46,17 +46,20 @@ def test_training_goes_on_without_the_save(train, tmp_path, capfd, full_between,
     capfd.readouterr()
     assert train("out=run", *settings) == 0
     told = capfd.readouterr().err
-    for step in (4, 6):
-        assert f"step {step} is not saved, training goes on: " in told
-    assert told.count("File too large") == 2
+    lines = [line for line in told.splitlines() if "is not saved" in line]
+    refused = [
+        line.startswith(f"step {step} is not saved, training goes on: ") and line.endswith("File too large")
+        for step, line in zip((4, 6), lines)
+    ]
+    survived("disk full in a save of one process", 2, sum(refused))
+    assert refused == [True, True], told
     assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000008", "step-00000010"]
     assert manifest(tmp_path / "run", 10) == manifest(tmp_path / "whole", 10)
-    survived("disk full in a save of one process", 2, 2)
 
 
 def test_a_run_that_cannot_be_saved_at_its_end_says_so(train, tmp_path, capfd, full_between):
     full_between(4, None)
-    assert train("out=run", "save.every=2") == 2
+    assert train("out=run", "save.every=2") == 1
     told = capfd.readouterr().err.splitlines()
     assert told[-1].startswith("sigmoe train: ")
     assert "File too large" in told[-1]

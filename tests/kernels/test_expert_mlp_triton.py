@@ -69,6 +69,19 @@ def test_rows_match_the_reference(assert_agrees, device, counts):
     assert_rows_agree(assert_agrees, count, [torch.randn(shape, device=device) for shape in shapes])
 
 
+def test_strides_do_not_matter(device):
+    where, inputs = routing(device, 5, 2), layer(device, 5, 2, 16, 16)
+    plain, strided = ([x.clone() for x in inputs] for _ in range(2))
+    strided = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in strided]
+    assert not any(x.is_contiguous() for x in strided)
+    results = []
+    for leaves in (plain, strided):
+        leaves = [x.requires_grad_() for x in leaves]
+        out = moe_mlp(*leaves[:2], where, *leaves[2:], backend="triton")
+        results.append([out, *torch.autograd.grad(out, leaves, out.detach().t().contiguous().t())])
+    assert all(map(torch.equal, *results))
+
+
 def test_one_program_works_off_many_tiles(assert_agrees, device):
     # More blocks of rows than neighbours that take turns, and several columns: every place in the list is met.
     count = torch.tensor([70, 0, 90], device=device)

@@ -181,11 +181,19 @@ def test_everything_is_vouched_for(there_and_back):
 def test_the_same_command_twice_does_nothing_but_tell(there_and_back, convert, refused, capsys):
     folder, ours, again = there_and_back
     times = {path: path.stat().st_mtime_ns for path in ours.rglob("*")}
+    assert json.loads((ours / "conversion.json").read_text())["parent_checked"]
     assert convert(f"model={folder}", f"out={ours}") == 0
     assert "holds this very conversion already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in ours.rglob("*")} == times
-    for change in (f"model={again}", "dtype=fp16"):
-        assert "exists already and is another model" in refused(f"model={folder}", "to=sigmoe", f"out={ours}", change)
+    for change, why in ((f"model={again}", "is another model"), ("dtype=fp16", "with dtype=null: remove it")):
+        assert why in refused(f"model={folder}", "to=sigmoe", f"out={ours}", change)
+
+
+def test_what_was_made_unchecked_does_not_do_for_checked(hf_model, convert, refused, room):
+    command = [f"model={hf_model('llama')}", f"out={room}/unchecked", "verify=false"]
+    assert convert(*command, "check=false") == 0
+    assert "holds this very conversion, made without check=true" in refused(*command)
+    assert convert(*command, "check=false") == 0
 
 
 def test_mixed_dtypes_stay_mixed(hf_model, convert, room):

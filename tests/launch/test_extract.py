@@ -62,10 +62,10 @@ def extract(tmp_path, monkeypatch, capfd):
 def refused(extract, tmp_path):
     """The one line of a refusal, after which nothing new is there."""
 
-    def call(*overrides):
+    def call(*overrides, exits=2):
         before = sorted(tmp_path.rglob("*"))
         code, out, err = extract(*overrides)
-        assert (code, out) == (2, "")
+        assert (code, out) == (exits, "")
         (line,) = err.splitlines()
         assert sorted(tmp_path.rglob("*")) == before
         return line.removeprefix("sigmoe extract: ")
@@ -228,14 +228,27 @@ def test_the_same_command_twice_does_nothing_but_tell(extract, trained, tmp_path
 
 
 @pytest.mark.parametrize(
-    "change", ["domain=recipes", "dtype=bf16", "format=sigmoe", "checkpoint=both", "file_bytes=1MiB"]
+    ("change", "why"),
+    [
+        ("domain=recipes", "made of this model with another value of domains"),
+        ("dtype=bf16", "made of this model with dtype=null"),
+        ("format=sigmoe", 'made of this model with format_asked="auto"'),
+        ("checkpoint=both", "and is another model"),
+        ("file_bytes=1MiB", "made of this model with file_bytes=4294967296"),
+    ],
 )
-def test_what_stands_there_is_not_replaced(extract, refused, trained, change):
+def test_what_stands_there_is_not_replaced(extract, refused, trained, change, why):
     assert extract(f"checkpoint={trained}", "domain=[recipes,ships]", "verify=0", "out=both")[0] == 0
     command = [f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships"]
     assert extract(*command)[0] == 0
     line = refused(*command, change)
-    assert line == "out=ships exists already and is another model: remove it or give another out="
+    assert line.startswith("out=ships exists already") and line.endswith(f"{why}: remove it or give another out=")
+
+
+def test_what_was_made_unchecked_does_not_do_for_checked(extract, refused, trained):
+    command = [f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships"]
+    assert extract(*command, "check=false")[0] == 0
+    assert "out=ships holds this very extraction, made without check=true" in refused(*command)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "run"])
@@ -324,13 +337,13 @@ def test_the_space_is_looked_at_before_anything_is_written(extract, refused, tra
     assert needed < (4 << 20) + sum(parameter.nbytes for parameter in parameters) // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     command = [f"checkpoint={trained}", "domain=ships", "verify=0", "out=new"]
-    assert "not enough disk space" in refused(*command)
+    assert "not enough disk space" in refused(*command, exits=1)
     assert extract(*command, "dtype=bf16")[0] == 0
 
 
 def test_a_full_disk_is_one_line(refused, trained, limit_files):
     limit_files(10_000)
-    assert "writing failed" in refused(f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships")
+    assert "writing failed" in refused(f"checkpoint={trained}", "domain=ships", "verify=0", "out=ships", exits=1)
 
 
 def test_a_global_gate_cannot_be_cut(refused, tiny, tmp_path):

@@ -3,10 +3,13 @@
 import json
 import math
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from sigmoe.launch.guard import GuardConfig, StepGuard
+from sigmoe.launch.trainer import Trainer
 
 
 def guard(**changes):
@@ -105,3 +108,43 @@ def test_mistakes_name_the_field(change):
     (name,) = change
     with pytest.raises(ValueError, match=rf"guard\.{name} must be at least"):
         GuardConfig(**change)
+
+
+SPIKE = ["steps=9", "guard.window=8", "guard.spike=0", "guard.max_skipped=0", "save.keep=null"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_that_cannot_go_back_goes_on_and_says_so_once(train, capfd, monkeypatch, whole):
+    """All that it could go back to is damaged; or there is nothing yet."""
+    step = Trainer.train_step
+
+    def faulty(trainer):
+        if trainer.step == 4:
+            for path in () if whole else Path("run/checkpoints").glob("step-*/manifest.json"):
+                path.unlink()
+        done = step(trainer)
+        return replace(done, skipped=True) if trainer.step >= 5 else done
+
+    monkeypatch.setattr(Trainer, "train_step", faulty)
+    every = "save.every=6" if whole else "save.every=2"
+    settings = ["guard.rollback=true", "guard.patience=3", "save.background=false", every, "out=run"]
+    assert train(*SPIKE, *settings) == 0
+    told = capfd.readouterr().err
+    expected = (
+        "there is no checkpoint of mid-run up to step 4" if whole else "not gone back: no checkpoint up to step 4 is"
+    )
+    assert told.count(expected) == told.count("up to step") == 1
+
+
+@pytest.mark.parametrize(
+    ("save", "told"),
+    [
+        ({"every": 0}, "set save.every, now 0"),
+        ({"every": 5, "keep": 2}, "set save.keep to at least 3 "),
+        ({"every": 9, "keep": 1}, "set save.keep to at least 2 "),
+    ],
+)
+def test_a_rollback_without_effect_is_refused(train, capfd, save, told):
+    settings = [f"save.{name}={value}" for name, value in save.items()]
+    assert train(*settings, "guard.rollback=true", "out=run") == 2
+    assert told in " ".join(capfd.readouterr().err.split())

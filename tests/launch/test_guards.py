@@ -131,7 +131,7 @@ def test_config_dir_may_have_any_name(tmp_path, name):
 
 
 def test_what_json_lacks_becomes_null(tmp_path):
-    metrics = Metrics(tmp_path, tensorboard=False, resumed_step=-1)
+    metrics = Metrics(tmp_path, pytest.fail, tensorboard=False, resumed_step=-1)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "z_loss": -math.inf, "lr": 0.5, "skipped": True})
     metrics.close()
     expected = {"step": 1, "loss": None, "grad_norm": None, "z_loss": None, "lr": 0.5, "skipped": True}
@@ -152,7 +152,7 @@ def test_a_diverged_run_writes_json(train, tmp_path):
 )
 def test_a_garbage_last_line_is_dropped(tmp_path, tail):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n' + tail)
-    metrics = Metrics(tmp_path, tensorboard=False, resumed_step=2)
+    metrics = Metrics(tmp_path, pytest.fail, tensorboard=False, resumed_step=2)
     metrics.write({"step": 3, "loss": 1.0})
     metrics.close()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]

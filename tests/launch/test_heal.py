@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sigmoe.launch.heal import check_memory
+from sigmoe.launch.heal import check_host_memory
 from sigmoe.launch.main import main
+from sigmoe.launch.prune import _healing
 from sigmoe.moe.config import RouterConfig
 from sigmoe.moe.prune.plan import plan_pruned
 from sigmoe.moe.stored import open_model
@@ -51,12 +52,18 @@ def test_the_same_bytes_again(prune):
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
 
 
-def test_what_was_healed_otherwise_is_another_model(prune, capfd):
+def test_losses_are_told_of_equal_text_alone():
+    told = _healing([3.0, 4.0, 2.0, 3.5], batches=3)
+    assert told == ": loss 3.000 when the last batch was first taken, 3.500 in the end"
+    assert _healing([3.0, 4.0], batches=2) == _healing([3.0, 4.0]) == ""
+
+
+def test_what_was_healed_otherwise_is_refused(prune, capfd):
     out, _ = prune("other", "heal=2")
     capfd.readouterr()
     with pytest.raises(AssertionError):
         prune("other", "heal=3")
-    assert "is another model" in capfd.readouterr().err
+    assert "made of this model with heal=2: remove it" in capfd.readouterr().err
     with pytest.raises(AssertionError):
         prune("other", "heal=2", "evaluate=50")
     assert f"{out} holds this very pruning, made without evaluate=50" in capfd.readouterr().err
@@ -71,7 +78,7 @@ def test_a_loss_that_is_not_finite_stops_it(prune, capfd):
 def test_a_model_beyond_memory_is_refused(model):
     stored = open_model(model)
     plan = plan_pruned(stored.config, stored.registry, ((0, 1), (0, 1)))
-    check_memory(plan)
+    check_host_memory(plan)
     plan = replace(plan, config=replace(plan.config, vocab_size=1 << 44))
     with pytest.raises(ValueError, match="heal trains the whole model: that takes"):
-        check_memory(plan)
+        check_host_memory(plan)

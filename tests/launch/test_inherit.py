@@ -179,7 +179,7 @@ def test_the_same_inheritance_twice(write_dense, shorter, dataset, room, capsys)
     assert inherit(dense, out, *settings) == 0
     assert "holds this very conversion already" in capsys.readouterr().err
     assert inherit(dense, out, *settings, "seed=1") == 2
-    assert "exists already and is another model" in capsys.readouterr().err
+    assert "made of this model with inherits.seed=0: remove it" in capsys.readouterr().err
 
 
 def test_bf16_stays_bf16(write_dense, shorter, room):

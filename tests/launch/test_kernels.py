@@ -57,6 +57,7 @@ def test_what_cannot_run_is_one_line(train, tmp_path, capsys, monkeypatch):
     for overrides, message in {
         "kernels=cuda": "kernels must be one of auto, torch, triton, got 'cuda'",
         "kernels=triton precision=fp64": "precision=fp64 takes kernels=torch",
+        "kernels=triton model.expert_dim=24": "model.expert_dim=24: kernels=triton takes multiples of 16",
         "kernels=triton precision=bf16 device=cpu": "interpreter computes right in fp32 alone",
     }.items():
         assert train(*overrides.split(), "out=run") == 2

@@ -121,7 +121,7 @@ def test_too_little_disk_is_said_before_the_start(train, tmp_path, capfd, monkey
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert train("out=run") == 2
+    assert train("out=run") == 1
     assert "free" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 

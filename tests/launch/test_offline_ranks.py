@@ -25,12 +25,14 @@ code = main(sys.argv[1:])
 Path(f"../codes-{rank}").write_text(str(code))
 sys.exit(code)
 """
-# The second process dies while it reads its first document.
-DIE = """
-import os, signal
-from sigmoe.moe.data.spool import DomainSpool
+# The second process fails, by an error that nobody expects, while the first waits for it: mpirun sees nothing of it.
+FAIL = """
+import os
+from sigmoe.moe.data import prepare
+def fail(spool):
+    raise RuntimeError("a bug")
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    DomainSpool.add = lambda spool, text: os.kill(os.getpid(), signal.SIGKILL)
+    prepare._require_both_splits = fail
 """
 SEVERAL = {"dim": 64, "expert_dim": 512}  # of the least size of a file there are several
 LEAST = "file_bytes=1MiB"
@@ -129,7 +131,16 @@ def test_a_mistake_that_one_finds_is_everybodys(run_mpi, folder, tmp_path):
     assert not any(folder.iterdir())
 
 
-def test_where_one_dies_all_end(run_mpi, folder, tmp_path):
-    codes, code, printed, _ = run_mpi(*texts(tmp_path / "texts", ships=20, law=30), "out=two", before=DIE)
+def test_a_manifest_that_is_none_is_everybodys_mistake(run_mpi, folder, write_model):
+    model = write_model(RouterConfig(name="top_k", num_experts=4))
+    (model / "manifest.json").write_text("{")
+    codes, code, printed, told = run_mpi("prune", f"model={model}", "criterion=weight", "keep=0.5", "out=two")
+    assert (codes, code, printed) == ([2, 2], 2, "")
+    assert told.count("sigmoe prune: ") == 1 and "manifest.json" in told and "Traceback" not in told
+
+
+def test_where_one_fails_by_itself_all_end(run_mpi, folder, tmp_path):
+    codes, code, printed, told = run_mpi(*texts(tmp_path / "texts", ships=20, law=30), "out=two", before=FAIL)
     assert codes == [] and code != 0 and printed == ""
+    assert "rank 1: RuntimeError: a bug" in told
     assert not (folder / "two").exists()

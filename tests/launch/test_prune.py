@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from sigmoe.launch.main import main
-from sigmoe.launch.prune_forecast import forecast_budgets
+from sigmoe.launch.prune_forecast import forecast_budgets, print_forecast, told_ratio
 from sigmoe.moe.canonical import expert_of
 from sigmoe.moe.config import RouterConfig
 from sigmoe.moe.prune.forecast import forecast
 from sigmoe.moe.prune.sums import load_sums
 from sigmoe.moe.storage import tensor_reader
+from sigmoe.moe.storage.resumable import locked, part_path
 from sigmoe.moe.stored import open_model
 
 DATA = ["criterion=reap", "tokens=500"]
@@ -86,12 +88,23 @@ def test_a_forecast_comes_first(model, stats, tmp_path, capfd):
     capfd.readouterr()
     report = prune(model, tmp_path / "half", f"stats={stats}", "keep=0.5")
     told = capfd.readouterr().err
-    assert told.index("forecast for text like the calibration's") < told.index("written as sigmoe")
+    assert told.index("rough forecast, fitted to two small models (README)") < told.index("written as sigmoe")
+    assert "sums of 500 tokens say little" in told
     layers = load_sums(stats).layers
     kept = tuple(tuple(layer["kept"]) for layer in report["layers"])
     budgets = report["forecast"]
     assert [(budget["kept"], budget["chosen"]) for budget in budgets] == [(2 / 6, False), (0.5, True), (5 / 6, False)]
     assert budgets[1] == {"kept": 0.5, "chosen": True, **asdict(forecast(layers, kept))}
+    whole, none = (tuple(range(6)),) * 2, forecast_budgets(layers, kept, lambda budget: kept)
+    once = forecast_budgets(layers, kept, lambda budget: whole)
+    assert [budget["kept"] for budget in once] == [0.5, 1.0] and [budget["chosen"] for budget in none] == [True]
+    capfd.readouterr()
+    print_forecast(none, 5000)
+    assert "say little" not in (told := capfd.readouterr().err)
+    assert told.rstrip().endswith("theirs)")  # of other budgets there is nothing to say
+    print_forecast(once, 5000)
+    assert "100% 1.00" in capfd.readouterr().err
+    assert [told_ratio(added) for added in (0.0, 1e-3, 0.01, 1.0)] == ["1.00", "below 1.01", "1.01", "2.72"]
     broken = replace(layers[0], easy_ep_E=torch.full((6,), torch.nan, dtype=torch.float64))
     assert forecast_budgets([broken, layers[1]], kept, lambda budget: kept) is None
 
@@ -125,6 +138,46 @@ def test_of_dropped_experts_nothing_is_read(model, stats, tmp_path, monkeypatch)
     assert {tensor["sha256"] for tensor in report["tensors"].values()} == {None}
 
 
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_model_is_found_before_it_is_read(model, stats, dataset, tmp_path, refused):
+    damaged = tmp_path / "models/damaged"
+    shutil.copytree(model, damaged)
+    weights = next(damaged.rglob("model*.safetensors"))
+    flip(weights, -3)
+    (out := tmp_path / "out").mkdir()
+    for keys in ([f"data={dataset}", *DATA], ["criterion=weight"], [f"stats={stats}"]):
+        assert weights.name in refused(damaged, out / "half", "keep=0.5", *keys)
+        assert not any(out.iterdir())  # no sums of it either
+
+
+def test_two_do_not_calibrate_into_one_place(model, dataset, tmp_path, refused):
+    keys = [f"data={dataset}", f"stats={tmp_path}/sums", "keep=0.5", *DATA]
+    with locked(part_path(tmp_path / "sums"), "not this one"):
+        line = refused(model, tmp_path / "half", *keys)
+    assert f"another process is calibrating into {tmp_path}/sums: wait for it, or give another stats=" in line
+    prune(model, tmp_path / "half", *keys)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["half", "sums"]
+
+
+def test_what_a_kill_left_beside_finished_sums_goes(model, dataset, stats, tmp_path):
+    shutil.copytree(stats, tmp_path / "half-sums")
+    part_path(tmp_path / "half-sums").mkdir()
+    (part_path(tmp_path / "half-sums") / "step-00000.safetensors").write_bytes(b"old")
+    prune(model, tmp_path / "half", f"data={dataset}", "keep=0.5", *DATA)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["half", "half-sums"]
+
+
+def test_sums_do_not_go_into_a_file(model, dataset, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    line = refused(model, tmp_path / "half", f"data={dataset}", f"stats={tmp_path}/file/sums", "keep=0.5", *DATA)
+    assert f"{tmp_path}/file is no directory" in line
+
+
 def test_a_bias_and_a_single_domain_are_cut_too(write_model, tmp_path):
     router = RouterConfig(name="domain_top_k", sets={"law": 5}, balance="bias")
     path = write_model(router, ("law",), sparse_layers="upper:1", ffn_dim=40)
@@ -153,7 +206,7 @@ def test_a_bias_and_a_single_domain_are_cut_too(write_model, tmp_path):
         (["keep=0.5", "data=nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["bytes=12", "criterion=weight"], "the model still has"),
         (["keep=0.5", "criterion=weight", "file_bytes=1"], "file_bytes must be at least"),
-        (["keep=0.5", "criterion=weight", "tokens=0"], "tokens and threads must be at least 1"),
+        (["keep=0.5", "criterion=weight", "tokens=0"], "prune: tokens must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_one_line(model, tmp_path, refused, keys, words):
@@ -165,7 +218,8 @@ def test_what_stands_is_left(model, stats, write_model, dataset, tmp_path, refus
     out = tmp_path / "out"
     prune(model, out, f"stats={stats}", "keep=0.5", "criterion=reap")
     before = hashes(out)
-    assert "is another model" in refused(model, out, f"stats={stats}", "keep=0.5", "criterion=gate")
+    line = refused(model, out, f"stats={stats}", "keep=0.5", "criterion=gate")
+    assert line.endswith('made of this model with criterion="reap": remove it or give another out=')
     assert "lies inside" in refused(model, model / "deep", "keep=0.5", "criterion=weight")
     other = write_model(RouterConfig(name="top_k", num_experts=6), tie_embeddings=True)
     assert "another model" in refused(other, tmp_path / "no", f"stats={stats}", "keep=0.5")
@@ -173,6 +227,13 @@ def test_what_stands_is_left(model, stats, write_model, dataset, tmp_path, refus
         model, tmp_path / "no", f"stats={stats}", f"data={dataset}", "tokens=400", "keep=0.5"
     )
     assert hashes(out) == before
+
+
+def test_what_was_made_unchecked_does_not_do_for_checked(model, stats, tmp_path, refused):
+    keys = [f"stats={stats}", "keep=0.5"]
+    assert not prune(model, tmp_path / "out", *keys, "check=false")["parent_checked"]
+    assert "holds this very pruning, made without check=true" in refused(model, tmp_path / "out", *keys)
+    assert not prune(model, tmp_path / "out", *keys, "check=false")["parent_checked"]
 
 
 def test_only_learned_gates_are_pruned(write_model, tmp_path, refused):

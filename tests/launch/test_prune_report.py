@@ -100,6 +100,18 @@ def test_a_forecast_is_drawn_and_healing_is_told(report):
     curve = figures(page)[2].data[0]
     assert (list(curve.x), list(curve.y)) == ([50, 100], [0.25, 0])
     assert (list(curve.error_y.array), list(curve.error_y.arrayminus)) == ([0.25, 0], [0.125, 0])
+    names = {trace.name: trace for trace in figures(page)[2].data[1:]}
+    assert set(names) == {
+        f"{domain}{how}"
+        for domain in ("ships, in domain", "recipes, out of domain")
+        for how in (", healed", ", before healing")
+    }
+    assert len({names[f"ships, in domain{how}"].marker.symbol for how in (", healed", ", before healing")}) == 2
+    merged = report | {"settings": report["settings"] | {"merge": True}}
+    assert {trace.name for trace in figures(report_page(merged).decode())[2].data[1:]} == {
+        "ships, in domain, merged",
+        "recipes, out of domain, merged",
+    }
     assert page.count("in domain, before healing</td>") == 1
     assert page.count("out of domain, before healing</td>") == 1
 
@@ -108,9 +120,9 @@ def test_a_forecast_is_drawn_and_healing_is_told(report):
     ("keys", "words"),
     [
         (["criterion=weight", "evaluate=9"], "evaluate needs held-out text: give data= a prepared dataset"),
-        (["criterion=weight", "evaluate=-1"], "evaluate and heal must be at least 0"),
+        (["criterion=weight", "evaluate=-1"], "evaluate must be at least 0, got -1"),
         (["criterion=weight", "heal=2"], "heal trains on the calibration text: give data="),
-        (["criterion=weight", "heal_lr=0"], "heal_lr above 0"),
+        (["criterion=weight", "heal_lr=0"], "heal_lr must be a finite number above 0, got 0"),
     ],
 )
 def test_mistakes_are_one_line(write_model, tmp_path, capfd, keys, words):

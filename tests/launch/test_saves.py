@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sigmoe.launch.saves import Saves
-from sigmoe.moe.storage.durable import WriteError
+from sigmoe.moe.storage.durable import NoRoomError, WriteError
 
 
 class Disk:
@@ -43,7 +43,7 @@ def told():
 
 @pytest.fixture
 def saves(disk, told):
-    return Saves(disk, told.append, background=True)
+    return Saves(disk, told.append, background=True, patience=5.0)
 
 
 def nothing():
@@ -78,7 +78,7 @@ def test_the_next_save_waits_and_says_how_long(saves, disk, told):
 @pytest.mark.parametrize("settle", ["look", "wait"])
 def test_a_full_disk_costs_that_save_alone(saves, disk, told, settle):
     saves.begin(2, nothing)
-    disk.end(2, WriteError("run: writing failed: No space left on device"))
+    disk.end(2, NoRoomError("run: writing failed: No space left on device"))
     getattr(saves, settle)()
     line = "step 2 is not saved, training goes on: run: writing failed: No space left on device"
     assert told == ["saving step 2", line]
@@ -87,11 +87,14 @@ def test_a_full_disk_costs_that_save_alone(saves, disk, told, settle):
     assert disk.saved == [2] and saves.saved_step == 2
 
 
-def test_any_other_failure_ends_the_run_where_all_ranks_learn_of_it(saves, disk):
+@pytest.mark.parametrize("error", [ValueError("a link"), WriteError("Permission denied"), RuntimeError("a\nbug")])
+def test_any_other_failure_is_told_and_ends_the_run_where_all_ranks_learn_of_it(saves, disk, told, error):
     saves.begin(2, nothing)
-    disk.end(2, ValueError("a link"))
+    disk.end(2, error)
     saves.look()
-    with pytest.raises(ValueError, match="a link"):
+    saves.look()
+    assert told == ["saving step 2", f"step 2 is not saved: {' '.join(str(error).split())}"]
+    with pytest.raises(type(error), match=str(error)):
         saves.begin(4, nothing)
     saves.wait()  # told once
     assert list(disk.begun) == [2] and saves.saved_step is None
@@ -107,7 +110,23 @@ def test_an_exception_joins_the_save_and_is_not_hidden_by_its_failure(saves, dis
     assert told == ["saving step 2", "step 2 is not saved: gloo: a peer is gone"]
 
 
+def test_a_lost_peer_is_told_without_gloos_source(saves, disk, told):
+    saves.begin(2, nothing)
+    disk.end(2, RuntimeError("[/__w/pytorch/third_party/gloo/pair.cc:547] Connection closed by peer [10.0.0.1]:5"))
+    with pytest.raises(KeyboardInterrupt), saves.joined():
+        raise KeyboardInterrupt
+    assert told[1] == "step 2 is not saved: Connection closed by peer [10.0.0.1]:5"
+
+
+def test_a_run_that_ends_badly_gives_up_a_save_that_does_not_end(disk, told):
+    saves = Saves(disk, told.append, background=True, patience=0.01)
+    saves.begin(2, nothing)
+    with pytest.raises(KeyboardInterrupt), saves.joined():
+        raise KeyboardInterrupt
+    assert told[1:] == ["step 2 is not saved: it is given up after 0 s"]
+
+
 def test_without_a_background_a_save_ends_before_training_goes_on(disk, told):
-    saves = Saves(disk, told.append, background=False)
+    saves = Saves(disk, told.append, background=False, patience=5.0)
     saves.begin(2, nothing)
     assert (disk.saved, disk.begun, saves.saved_step) == ([2], {}, 2)

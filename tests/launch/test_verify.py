@@ -83,7 +83,8 @@ def test_what_is_whole_is_one_line(verify, finished, which):
     files = [file for file in step(finished, 3).rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files if file.name != "manifest.json")
     # Two sparse layers of two domains with two experts each.
-    assert (code, out) == (0, f"ok  {step(finished, 3)}  step 3  {len(files)} files  {size:,} bytes  8 experts\n")
+    told = f"step 3  {len(files)} files  {size:,} bytes  8 experts in 2 layers"
+    assert (code, out) == (0, f"ok  {step(finished, 3)}  {told}\n")
 
 
 def test_all_means_every_checkpoint(verify, finished):

@@ -15,7 +15,7 @@ import torch
 
 from sigmoe.moe.storage import durable
 from sigmoe.moe.storage.checkpoint import MANIFEST, CheckpointContent, checkpoint_bytes, open_checkpoint
-from sigmoe.moe.storage.durable import WriteError
+from sigmoe.moe.storage.durable import NoRoomError, WriteError
 from sigmoe.moe.storage.tensors import NamedTensor, named_tensors
 from sigmoe.parallel.checkpointer import Checkpointer
 
@@ -104,6 +104,26 @@ def test_the_newest_are_kept(tmp_path, keep, left):
     assert len(names(checkpointer)) == len(left) + 1
 
 
+def test_stops_do_not_count_and_go(tmp_path):
+    """What stands after the next regular save does not depend on where the run was stopped."""
+    checkpointer = Checkpointer(tmp_path, keep=2, every=4)
+    for step, left in ((4, (4,)), (8, (4, 8)), (9, (4, 8, 9)), (10, (4, 8, 10)), (12, (8, 12))):
+        checkpointer.save(step, content(step))
+        assert checkpointer.steps() == left
+
+
+def test_a_run_goes_back_to_a_regular_save_alone(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=None, every=4)
+    for step in (4, 8, 9, 12):
+        checkpointer.save(step, content(step))
+    assert checkpointer.load_latest(print, last=11).path == checkpointer.path(8)
+    assert checkpointer.load_latest(print).path == checkpointer.path(12)
+    for step in (4, 8):
+        (checkpointer.path(step) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint up to step 11 is whole: "):
+        checkpointer.load_latest(print, last=11)
+
+
 def test_what_was_just_saved_is_never_deleted_for_a_newer_one(saved):
     """Steps of an abandoned future may be damaged: they are not counted among those that are kept."""
     checkpointer = Checkpointer(saved.directory, keep=1)
@@ -128,6 +148,42 @@ def test_a_checkpoint_that_the_user_moved_away_is_left_alone(saved, tmp_path):
     Checkpointer(saved.directory, keep=1).save(8, content(8))
     assert saved.steps() == (2, 8)
     open_checkpoint(tmp_path / "mine").verify()
+
+
+def test_an_old_one_that_cannot_be_deleted_costs_no_save(saved, monkeypatch):
+    def refuse(path):
+        raise WriteError(f"{path}: writing failed: Permission denied")
+
+    monkeypatch.setattr("sigmoe.parallel.checkpointer.remove_directory", refuse)
+    told = []
+    Checkpointer(saved.directory, keep=3, note=told.append).save(8, content(8))
+    assert load(saved) == (8, [])
+    (line,) = told
+    assert line.startswith("the checkpoint of step 2 is not deleted: ") and line.endswith("Permission denied")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried 9 bytes")])
+def test_memory_that_lacks_for_the_copy_or_beside_training_refuses_that_save_alone(saved, error):
+    def fail():
+        raise error
+
+    with pytest.raises(NoRoomError, match="not enough memory to save"):
+        saved.begin_save(8, content(8, read=fail))
+    future = saved.begin_save(8, replace(content(8), state=Spoilt(error)))
+    with pytest.raises(NoRoomError, match="not enough memory to save"):
+        future.result(timeout=20)
+    assert load(saved) == (6, [])
+
+
+class Spoilt(dict):
+    """A state that cannot be written."""
+
+    def __init__(self, error):
+        super().__init__(step=8)
+        self.error = error
+
+    def items(self):
+        raise self.error
 
 
 def test_the_same_step_is_replaced(saved):

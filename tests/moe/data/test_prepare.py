@@ -7,7 +7,7 @@ import pytest
 from sigmoe.moe.data.config import DataConfig
 from sigmoe.moe.data.dataset import Dataset, open_dataset
 from sigmoe.moe.data.files import Files
-from sigmoe.moe.data.prepare import prepare
+from sigmoe.moe.data.prepare import _spool_folder, prepare
 from sigmoe.moe.data.source import Workspace
 from sigmoe.moe.data.tokenizer import open_tokenizer
 
@@ -171,3 +171,11 @@ def test_domains_without_sources_are_refused(tmp_path: Path, workspace: Workspac
         prepare(DataConfig(name="x"), {}, tmp_path / "out", workspace)
     with pytest.raises(ValueError, match="has no source"):
         prepare(DataConfig(name="x"), {"a": ()}, tmp_path / "out", workspace)
+
+
+def test_what_fails_beside_the_spool_stays_the_very_error(tmp_path: Path) -> None:
+    """By it processes know what all have raised together."""
+    error = OSError("gone")
+    with pytest.raises(OSError, match="gone") as caught, _spool_folder(tmp_path / "new" / "out"):
+        raise error
+    assert caught.value is error and not any(tmp_path.iterdir())

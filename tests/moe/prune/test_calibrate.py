@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import threading
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from sigmoe.moe.data.dataset import open_dataset
 from sigmoe.moe.prune.budget import choose_experts, choose_subsets, parse_budget
 from sigmoe.moe.prune.calibrate import calibrate
 from sigmoe.moe.prune.criteria import DATA_CRITERIA, saliency, subset_errors
+from sigmoe.moe.prune.spill import Spill
 from sigmoe.moe.prune.sums import save_sums
 from sigmoe.moe.prune.text import dataset_text, jsonl_text
-from sigmoe.moe.workers import Workers
+from sigmoe.moe.storage.hashing import WriteError
 
 MODELS = ("mixtral", "mixtral tied", "qwen3_moe", "olmoe")
 TOLERANCE = 1e-6
@@ -172,33 +172,26 @@ def bytes_of(folder, sums):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_workers_get_the_bits_of_one(hf_model, jsonl, tmp_path):
+def test_workers_get_the_bits_of_one(hf_model, jsonl, tmp_path, in_threads):
     _, model = hf_model("qwen3_moe")
     text = jsonl_text(model, jsonl, tokens=400, sequence_length=32, batch_size=2)
     alone = bytes_of(tmp_path / "alone", calibrate(model, text, tmp_path / "work"))
-    size = 3
-    barrier, slots, results = threading.Barrier(size), [None] * size, [None] * size
-
-    def work(rank):
-        class Threads(Workers):
-            def gather(self, vectors):
-                slots[rank] = vectors
-                barrier.wait(60)
-                gathered = [vector for slot in slots for vector in slot]
-                barrier.wait(60)
-                return gathered
-
-        workers = Threads()
-        workers.rank, workers.size = rank, size
-        results[rank] = calibrate(model, text, tmp_path / "shared", workers=workers)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    results = in_threads(3, lambda workers: calibrate(model, text, tmp_path / "shared", workers=workers))
     for rank, sums in enumerate(results):
         assert bytes_of(tmp_path / f"rank{rank}", sums) == alone
+
+
+@pytest.mark.parametrize("method", ["prepare", "write_hidden", "finish", "sums"])
+def test_what_the_disk_refuses_one_all_are_told(hf_model, jsonl, tmp_path, in_threads, monkeypatch, method):
+    _, model = hf_model("olmoe")
+    text = jsonl_text(model, jsonl, tokens=200, sequence_length=32, batch_size=2)
+
+    def refuse(*args):
+        raise WriteError("full")
+
+    monkeypatch.setattr(Spill, method, refuse)
+    results = in_threads(2, lambda workers: calibrate(model, text, tmp_path / "work", workers=workers))
+    assert [(type(error), str(error)) for error in results] == [(WriteError, "full")] * 2
 
 
 def test_it_goes_on_and_other_settings_begin_anew(hf_model, jsonl, tmp_path):

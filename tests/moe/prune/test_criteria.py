@@ -43,9 +43,16 @@ def test_weight_is_rms_over_mean_of_all_three_matrices(hf_model, name, dtype):
 def test_weight_tells_how_far_it_is(hf_model):
     heard = []
     _, model = hf_model("olmoe")
-    weight_saliency(model, lambda done, total: heard.append((done, total)))
+    weight_saliency(model, progress=lambda done, total: heard.append((done, total)))
     size = sum(model.tensors.num_bytes(name) for name in model.tensors.names() if ".experts." in name)
     assert heard[-1] == (size, size) and heard == sorted(heard)
+
+
+def test_workers_rate_a_share_each(hf_model, in_threads):
+    _, model = hf_model("olmoe")
+    alone = weight_saliency(model)
+    for values in in_threads(2, lambda workers: weight_saliency(model, workers)):
+        assert all(torch.equal(ours_E, theirs_E) for ours_E, theirs_E in zip(values, alone, strict=True))
 
 
 def test_random_is_keyed():
