@@ -37,15 +37,15 @@ def single_mesh() -> Mesh:
     return Mesh(world=alone, dp=alone, tp=alone, ep=alone, etp=alone, edp=alone)
 
 
-# A rank's disk may take so many times longer than a collective in training may.
-_PATIENCE = 24
+# A rank's disk may take so many times as long as a collective in training may.
+_PATIENCE = 3
 
 
 def background_axis(world: Axis, timeout: float) -> Axis:
     """Return all processes in a gloo group of their own, for what talks beside training. All call it.
 
-    Nobody waits there longer than 24 times `timeout` seconds, what a collective in training may take: one rank's disk
-    may be slow. A rank that dies is known at once all the same.
+    Nobody waits there longer than three times `timeout` seconds, what a collective in training may take: one rank's
+    disk may be slow. A rank that dies is known at once all the same.
     """
     if world.size == 1:
         return world

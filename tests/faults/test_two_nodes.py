@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 LONG = ["steps=5000", "save.every=2", "save.keep=2", "evaluate.tokens=64"]
 PATIENCE = ["parallel.timeout=8", "parallel.watchdog=0"]
-LIMIT = 60  # seconds: patience, then a wait for rank 0's word, then the launcher's own end
+LIMIT = 90  # seconds: the patience of a save, then a wait for rank 0's word, then the launcher's own end
 LOST = ("A daemon failed", "will terminate the job")  # mpirun of a node
 WAYS = [
     ("torchrun", "cut off"),

@@ -96,7 +96,7 @@ def test_two_ranks_speak_once(two):
     assert sum("2 ranks, cpu" in line for line in err) == 1
     (line,) = [line for line in err if line.startswith("a rank holds ")]
     assert re.search(
-        r"MB of parameters, .+ MB of optimizer state, in host memory [0-9.]+ MB while it is saved; "
+        r"MB of parameters, .+ MB of optimizer state, in host memory [0-9.]+ MB while it is saved in mid-run; "
         r"with rows routed evenly it sends a step dp [0-9.]+ MB, edp",
         line,
     ), line

@@ -15,6 +15,6 @@ def test_beside_training_a_rank_may_take_longer_than_a_collective_in_training():
         # One process is a group too; that it says it is one of two only has it make one.
         beside = background_axis(Axis(group=distributed.group.WORLD, rank=0, size=2), 5.0)
         assert beside.group is not None and beside.group is not distributed.group.WORLD
-        assert beside.group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=120)
+        assert beside.group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=15)
     finally:
         distributed.destroy_process_group()
