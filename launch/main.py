@@ -1,8 +1,10 @@
 """`sigmoe COMMAND key=value ...`: finds the command, composes its config, maps a user's mistake to one line."""
 
 import importlib
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +86,11 @@ def _together(arguments: Sequence[str], cluster: Cluster) -> int:
     code, known = peers.leave(code)
     if not known:  # rank 0 knows nothing of it, and may wait for this process
         _told(arguments, (code, f"rank {cluster.rank}: {line}"))
+    if any(thread.daemon for thread in threading.enumerate()):
+        # One that waits in C++, for a store that is gone, would abort the process when Python ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
