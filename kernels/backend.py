@@ -29,6 +29,11 @@ class Backends:
     positions: Backend = "torch"
     permute: Backend = "torch"
     expert_mlp: Backend = "torch"
+    attention: Backend = "torch"
+    rope: Backend = "torch"
+    norm: Backend = "torch"
+    swiglu: Backend = "torch"
+    linear_cross_entropy: Backend = "torch"
 
 
 TORCH = Backends()

@@ -22,6 +22,7 @@ from ..moe.parsing import from_mapping
 from ..moe.storage.durable import make_directory, write_file
 from ..moe.stored import StoredModel, load_model, read_json
 from .console import notes, progress_sink
+from .kernel_choice import Kernels, backends_note, choose_backends
 from .main import main
 from .models import check_files, open_given_model
 from .places import check_out
@@ -50,6 +51,7 @@ class GenerateCommand:
     stream: bool = True
     out: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    kernels: Kernels = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -93,11 +95,12 @@ def run(config: Mapping[str, object]) -> None:
     out = None if command.out is None else Path(command.out).expanduser()
     if out is not None:
         check_out(out, out)
-    device = pick_device(command.device)
+    device = torch.device(pick_device(command.device))
     texts = read_prompts(command.prompt, command.prompts, command.prompts_file)
     stored = open_given_model(command.checkpoint)
     check_domain(command, stored)
     tokenizer = tokenizer_of(command, stored)
+    backends = choose_backends(command.kernels, stored.config, command.precision, device)
     prompts = [encode(tokenizer, number, text) for number, text in enumerate(texts, 1)]
     if command.threads is not None:
         torch.set_num_threads(command.threads)
@@ -105,7 +108,9 @@ def run(config: Mapping[str, object]) -> None:
     if command.check:
         check_files(stored)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[command.precision]
-    model = load_model(stored, device=device, dtype=dtype)
+    model = load_model(stored, device=device, dtype=dtype, backends=backends)
+    if note := backends_note(command.kernels, device):
+        notes().print(note)
     domain_ids = choose(command, stored, model, prompts)
     names = [None] * len(texts) if domain_ids is None else [stored.registry.names[id] for id in domain_ids]
     model.pack()

@@ -102,7 +102,7 @@ def _train(
         f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
         f"{ranks}{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
-    if note := backends_note(train_config, trainer.device):
+    if note := backends_note(train_config.kernels, trainer.device):
         progress.note(note)
     if world.size > 1:
         progress.note(layout_note(train_config, registry, mesh, trainer.device.type))

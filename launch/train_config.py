@@ -11,6 +11,7 @@ from ..moe.parsing import from_mapping, to_mapping
 from ..parallel.config import ParallelConfig
 from ..parallel.engine import OptimizerConfig
 from .guard import GuardConfig
+from .kernel_choice import Kernels
 from .schedule import ScheduleConfig
 
 # What says where, on how many ranks and how long a session runs, not what it computes.
@@ -99,7 +100,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.backend import TORCH, Backends
 from .canonical import canonical_tensors, expected_shapes
 from .config import ModelConfig
 from .domains import DomainRegistry
@@ -61,11 +62,15 @@ def open_unfinished(path: Path) -> StoredModel:
 
 
 def load_model(
-    stored: StoredModel, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    stored: StoredModel,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backends: Backends = TORCH,
 ) -> Transformer:
     """Read the whole model, parameters rounded to `dtype`; for inference, without gradients."""
     with torch.device("meta"):
-        model = Transformer(stored.config, stored.registry)
+        model = Transformer(stored.config, stored.registry, backends)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()

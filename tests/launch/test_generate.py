@@ -133,6 +133,7 @@ MISTAKES = {
     ("prompt=a", "domain=ships", "max_tokens=0"): "max_tokens must be at least 1",
     ("prompt=a", "domain=ships", "batch=0"): "batch must be at least 1",
     ("prompt=a", "domain=ships", "threads=0"): "threads must be at least 1",
+    ("prompt=a", "domain=ships", "kernels=cuda"): "kernels must be one of auto, torch, triton, got 'cuda'",
     ("prompt=a", "domain=ships", "out=."): "out=.: . is a link or a directory: give another out=",
     ("prompt=a", "domain=ships", "out=/dev/null/a"): "/dev/null is no directory that can be written to",
     ("prompt=a \udcff", "domain=ships"): "prompt 1 of 1 is not valid Unicode (U+DCFF at character 3): give UTF-8",

@@ -1,7 +1,6 @@
 """`kernels=`: which implementation a training run computes with."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +57,7 @@ def test_what_cannot_run_is_one_line(train, tmp_path, capsys, monkeypatch):
         "kernels=cuda": "kernels must be one of auto, torch, triton, got 'cuda'",
         "kernels=triton precision=fp64": "precision=fp64 takes kernels=torch",
         "kernels=triton model.expert_dim=24": "model.expert_dim=24: kernels=triton takes multiples of 16",
+        "kernels=triton model.head_dim=272": "model.head_dim=272: kernels=triton takes up to 256",
         "kernels=triton precision=bf16 device=cpu": "interpreter computes right in fp32 alone",
     }.items():
         assert train(*overrides.split(), "out=run") == 2
@@ -74,12 +74,16 @@ def test_auto_is_torch_until_a_kernel_is_verified_on_a_gpu(train, tmp_path, monk
     assert train(*SMALL, "out=run", "stop_at=1") == 0
     config = TrainConfig.load(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose_backends(config, gpu) == choose_backends(config, cpu) == TORCH
-    assert "no Triton kernel has been verified" in backends_note(config, gpu)
-    assert backends_note(config, cpu) is None
-    assert backends_note(replace(config, kernels="torch"), gpu) is None
-    every = choose_backends(replace(config, kernels="triton"), gpu)
+
+    def chosen(kernels, device):
+        return choose_backends(kernels, config.model, "fp32", device)
+
+    assert chosen("auto", gpu) == chosen("auto", cpu) == TORCH
+    assert "no Triton kernel has been verified" in backends_note("auto", gpu)
+    assert backends_note("auto", cpu) is None
+    assert backends_note("torch", gpu) is None
+    every = chosen("triton", gpu)
     assert set(vars(every).values()) == {"triton"}
     monkeypatch.setattr("sigmoe.kernels.backend.VERIFIED", frozenset({"permute"}))
-    assert choose_backends(config, gpu) == Backends(permute="triton")
-    assert choose_backends(config, cpu) == TORCH
+    assert chosen("auto", gpu) == Backends(permute="triton")
+    assert chosen("auto", cpu) == TORCH
