@@ -1,12 +1,9 @@
 """`sigmoe train`: trains a model; a run that was interrupted goes on where its newest good checkpoint stands."""
 
 import math
-import os
-import secrets
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,8 @@ import yaml
 from ..moe.counts import count_parameters
 from ..moe.data.dataset import Dataset, open_dataset
 from ..moe.parsing import from_mapping
-from ..moe.storage.checkpoint import MANIFEST, load_yaml
-from ..moe.storage.durable import is_leftover, make_directory, remove_stale, write_file
-from ..parallel.agreement import from_first, together
+from ..moe.storage.durable import remove_stale, write_file
+from ..parallel.agreement import together
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import Axis, single_mesh
 from .build import build_mesh
@@ -33,9 +29,10 @@ from .memory_check import check_memory
 from .preflight import check_alike
 from .progress import TrainProgress
 from .report import print_closing_table
+from .run_directory import alone_in, check_directory, check_shared
 from .session import Session, SessionResult
 from .stop import StopRequest
-from .train_config import TrainConfig, check_same_run
+from .train_config import TrainConfig
 from .trainer import Trainer
 from .watchdog import Watchdog
 
@@ -62,7 +59,7 @@ def _train(
         dataset = _open(config, check_ids=world.rank == 0)
         train_config = TrainConfig.load(_with_vocabulary(config, dataset))
         directory = Path(train_config.out).expanduser()
-        begun = _check_directory(directory, train_config)
+        check_directory(directory, train_config)
     check_alike(train_config, dataset, world)
     parallel, watchdog.directory = train_config.parallel, directory
     if train_config.threads is not None:
@@ -70,42 +67,50 @@ def _train(
     registry = train_config.model.build_registry(dataset.domain_names)
     _check_launch(parallel, world)
     mesh = build_mesh(train_config, registry, world)
-    count = count_parameters(train_config.model, registry)
     with together(world):
         check_memory(train_config, registry, mesh, 1 if cluster is None else cluster.local_size)
-    _check_shared(directory, world)
     progress = TrainProgress(plain_every=train_config.logger.every, silent=world.rank > 0)
     stop.say = progress.urgent
-    trainer = Trainer(train_config, dataset, mesh)
-    session = Session(trainer, directory, progress, stop, watchdog)
+    with alone_in(directory, world, patience=parallel.join_timeout, tell=progress.note):
+        with together(world):
+            begun = check_directory(directory, train_config)  # again: whoever had it may have begun it
+        check_shared(directory, world)
+        session = Session(Trainer(train_config, dataset, mesh), directory, progress, stop, watchdog)
+        _go_on(session, begun=begun)
+
+
+def _go_on(session: Session, *, begun: bool) -> None:
+    """Train from where the run stands; `begun`: some of it is there."""
+    trainer, directory, progress, world = session.trainer, session.directory, session.progress, session.world
+    config, parallel, mesh = trainer.config, trainer.config.parallel, trainer.mesh
     resumed = session.resume()
-    if train_config.initial is not None and not resumed:
-        load_initial(trainer, train_config.initial)
-        progress.note(f"beginning with the weights of {train_config.initial}")
+    if config.initial is not None and not resumed:
+        load_initial(trainer, config.initial)
+        progress.note(f"beginning with the weights of {config.initial}")
     if world.size == 1 and (parallel.zero_stage, parallel.offload) != (1, "none"):
         progress.note("one process owns the optimizer whole: parallel.zero_stage and parallel.offload change nothing")
     if begun and not resumed:
         progress.note(f"{directory} has no checkpoint yet: starting at step 0")
-    if trainer.step >= train_config.last_step and not session.lacks_evaluation:
+    if trainer.step >= config.last_step and not session.lacks_evaluation:
         if session.after and world.rank == 0:
             print_closing_table(trainer, session.before, session.after)
-        limit = "steps" if trainer.step >= train_config.steps else "stop_at"
+        limit = "steps" if trainer.step >= config.steps else "stop_at"
         progress.note(f"{directory} stands at step {trainer.step} already: raise {limit}, or give another out=")
         return
     with together(world):
         if world.rank == 0:
-            make_directory(directory)
             remove_stale(directory)
-            write_file(directory / "config.yaml", yaml.safe_dump(train_config.to_dict(), sort_keys=False).encode())
+            write_file(directory / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     ranks = f"{world.size} ranks, " if world.size > 1 else ""
+    count = count_parameters(config.model, trainer.registry)
     progress.note(
-        f"{count.total:,} parameters, {count.active:,} active a token; {len(dataset.domain_names)} domains; "
+        f"{count.total:,} parameters, {count.active:,} active a token; {len(trainer.dataset.domain_names)} domains; "
         f"{ranks}{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
-    if note := backends_note(train_config.kernels, trainer.device):
+    if note := backends_note(config.kernels, trainer.device):
         progress.note(note)
     if world.size > 1:
-        progress.note(layout_note(train_config, registry, mesh, trainer.device.type))
+        progress.note(layout_note(config, trainer.registry, mesh, trainer.device.type))
     result = session.run()
     if world.rank == 0:
         _close(session, result, progress)
@@ -137,53 +142,6 @@ def _with_vocabulary(config: Mapping[str, Any], dataset: Dataset) -> dict[str, A
             f"set it to at least {dataset.vocab_size}, or null"
         )
     return data
-
-
-def _check_directory(directory: Path, config: TrainConfig) -> bool:
-    """Return whether a run stands in `directory`; raise ValueError where it is another run, or no run at all."""
-    path = directory / "config.yaml"
-    place = directory.resolve()
-    if any((folder / MANIFEST).exists() and (folder / "state.json").exists() for folder in (place, *place.parents)):
-        raise ValueError(f"out={directory} lies in a checkpoint: give the run's own directory, or another out=")
-    if not path.exists():
-        if directory.exists() and not (directory.is_dir() and all(is_leftover(p.name) for p in directory.iterdir())):
-            raise ValueError(f"out={directory} exists and is not a run: give another out=")
-        return False
-    before = load_yaml(path)
-    if not isinstance(before, Mapping):
-        raise ValueError(f"{path} is not the config of a run: give another out=")
-    check_same_run(before, config.to_dict())
-    return True
-
-
-def _check_shared(directory: Path, world: Axis) -> None:
-    """Raise ValueError, on all ranks, where one does not see in `directory` what rank 0 writes there.
-
-    By a name that is new each time: a network file system may remember for a while what it knows of others.
-    """
-    if world.size == 1:
-        return
-    existed = directory.is_dir()
-
-    def leave() -> str:
-        token = directory / f".sigmoe-tmp-{secrets.token_hex(8)}-{os.getpid()}"
-        make_directory(directory)
-        write_file(token, b"")
-        return token.name
-
-    token = directory / from_first(leave, world)
-    try:
-        with together(world):
-            if not token.exists():
-                raise ValueError(
-                    f"what rank 0 writes into {directory} is not there: out= must be the same directory on all machines"
-                )
-    finally:
-        if world.rank == 0:
-            token.unlink(missing_ok=True)
-            if not existed:
-                with suppress(OSError):  # for the run; it is made again as it begins
-                    directory.rmdir()
 
 
 def _check_launch(parallel: ParallelConfig, world: Axis) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .hashing import BytesLike, FileRecord, HashingWriter, NoRoomError, WriteError, write_errors
+from .lock import LOCK
 
 __all__ = [
     "DurableDirectory",
@@ -222,8 +223,8 @@ def require_space(parent: Path, num_bytes: int) -> None:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether an entry of this name is what a killed writer left, or a living one's work in progress."""
-    return _HIDDEN.fullmatch(name) is not None
+    """Whether an entry of this name is what a killed process left, or a living one's work in progress."""
+    return name == LOCK or _HIDDEN.fullmatch(name) is not None
 
 
 def _write_pieces(writer: HashingWriter, data: BytesLike | Iterable[BytesLike]) -> None:
