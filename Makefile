@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PROMPT := 'prompt=    def __init__(self' max_tokens=48 temperature=0.5 seed=1
 
-.PHONY: help venv demo test parity faults lint check format clean exactness
+.PHONY: help venv demo test parity faults launchers lint check format clean exactness
 help: ## this text
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -36,8 +36,12 @@ test: $(READY) ## all tests
 parity: $(READY) ## every layout of tensor, expert and data parallelism against one process; minutes
 	OMP_NUM_THREADS=1 SIGMOE_PARITY=all $(BIN)/python -m pytest tests/distributed
 
-faults: $(READY) ## every kill -9 that the quick tests sample from; minutes
-	OMP_NUM_THREADS=1 SIGMOE_FAULTS=all $(BIN)/python -m pytest --timeout=1800 tests/faults
+faults: $(READY) ## every fault that the quick tests sample from, and every launcher's script; minutes
+	OMP_NUM_THREADS=1 SIGMOE_FAULTS=all $(BIN)/python -m pytest --timeout=1800 tests/faults tests/distributed/test_launchers.py
+
+launchers: $(READY) ## the quickstart, shortened, under every launcher on two ranks, and over two nodes; minutes
+	$(BIN)/sigmoe data data=six out=data/six
+	OMP_NUM_THREADS=1 SIGMOE_LAUNCHERS=all $(BIN)/python -m pytest --timeout=1800 tests/distributed/test_quickstart.py
 
 lint: $(READY) ## static checks
 	$(BIN)/ruff check .

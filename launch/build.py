@@ -46,7 +46,9 @@ def build_model(
     config: TrainConfig, registry: DomainRegistry, dataset: Dataset, mesh: Mesh, device: torch.device
 ) -> Transformer:
     """Return this rank's part of the model, initial weights drawn, route tables filled from the dataset's counts."""
-    backends = choose_backends(config.kernels, config.model, config.precision, device)
+    backends = choose_backends(
+        config.kernels, config.model, config.precision, device, expert_tp=config.parallel.expert_tp
+    )
     model: Transformer
     if mesh.world.size == 1:
         with torch.device(device):

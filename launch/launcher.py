@@ -4,8 +4,8 @@ Asked in this order, since the first may run inside the last: torchrun, deepspee
 environment is an error: many processes that each believe to be alone would write over each other.
 
 torchrun may start killed ranks again (--max-restarts). Its store then keeps what the dead wrote (torch 2.13), and
-every attempt needs names of its own. On several nodes the nodes' counts of attempts may part: there set
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and every attempt has a store of its own.
+every attempt needs names of its own. Under --rdzv-backend=c10d the nodes' counts of attempts may part: there
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store of its own.
 """
 
 import os
@@ -42,7 +42,7 @@ class Cluster:
     size: int
     local_rank: int
     local_size: int
-    address: str = ""  # where rank 0 is; mpirun does not say (`cluster.agree` does)
+    address: str = ""  # where rank 0 is; mpirun does not say (`mpi.agree` does)
     port: int = 0
     attempt: int = 0  # how often torchrun, whose store stays, has started its processes again
     launcher_keeps_store: bool = False  # else rank 0 serves the address
@@ -127,15 +127,16 @@ def _by_srun(environment: Mapping[str, str]) -> Cluster | None:
     if not any(key in environment for key in _STEP[:2]):
         return None
     _require(environment, _STEP, "srun", "use srun")
-    numbers = _numbers(environment, (*_STEP[:5], "SLURM_JOB_ID"), "srun")
-    step, size, rank, local_rank, node, job = numbers
+    step, size, rank, local_rank, node, job = _numbers(environment, (*_STEP[:5], "SLURM_JOB_ID"), "srun")
     if size == 1 or step >= _FIRST_SPECIAL_STEP:
         return None
     tasks = _tasks_by_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     if node >= len(tasks):
         told = environment["SLURM_STEP_TASKS_PER_NODE"]
         raise ValueError(f"SLURM_NODEID is {node} and SLURM_STEP_TASKS_PER_NODE {told!r}, which do not fit: use srun")
-    (port,) = _numbers(environment, ("MASTER_PORT",), "srun") if "MASTER_PORT" in environment else (None,)
+    port = _FIRST_PORT + (16 * job + step % 16) % _NUM_PORTS  # jobs may share a node, and steps of a job as well
+    if "MASTER_PORT" in environment:
+        (port,) = _numbers(environment, ("MASTER_PORT",), "srun")
     return Cluster(
         launcher="srun",
         rank=rank,
@@ -143,8 +144,7 @@ def _by_srun(environment: Mapping[str, str]) -> Cluster | None:
         local_rank=local_rank,
         local_size=tasks[node],
         address=environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
-        # Jobs may share a node, and steps of a job as well.
-        port=_FIRST_PORT + (16 * job + step % 16) % _NUM_PORTS if port is None else port,
+        port=port,
     )
 
 

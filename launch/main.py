@@ -52,40 +52,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cluster, mpi = find_cluster(), find_mpi()
     except ValueError as error:
-        return _told(arguments, (2, str(error)))
+        return _told(arguments, 2, str(error))
     if cluster is None:
-        return _told(arguments, _guarded(arguments))
+        return _told(arguments, *_guarded(arguments))
     from .cluster import only_first_speaks  # torch takes a while: not for `sigmoe --help`
 
     if mpi is not None and arguments and arguments[0] in _OFFLINE:
         with only_first_speaks(mpi):
-            return _told(arguments, _guarded(arguments))
+            return _told(arguments, *_guarded(arguments))
+    refusal = _refusal(arguments, cluster)
+    if refusal is not None:
+        return _told(arguments, 2, refusal if cluster.rank == 0 else None)
+    return _together(arguments, cluster)
+
+
+def _refusal(arguments: Sequence[str], cluster: Cluster) -> str | None:
+    """Return why this is not for several processes; None where it is."""
     if arguments and arguments[0] in COMMANDS and arguments[0] not in _DISTRIBUTED:
         several = "alone, or under mpirun" if arguments[0] in _OFFLINE else "without the launcher"
-        refusal = f"{cluster.launcher} started {cluster.size} processes, this command runs in one: start it {several}"
-        return _told(arguments, (2, refusal if cluster.rank == 0 else None))
+        return f"{cluster.launcher} started {cluster.size} processes, this command runs in one: start it {several}"
     if {"-m", "--multirun"}.intersection(arguments):
-        refusal = f"-m starts one job after the other: start it without {cluster.launcher}"
-        return _told(arguments, (2, refusal if cluster.rank == 0 else None))
-    return _together(arguments, cluster)
+        return f"-m starts one job after the other: start it without {cluster.launcher}"
+    return None
 
 
 def _together(arguments: Sequence[str], cluster: Cluster) -> int:
     """Run the command as one of several processes; return the exit code of all."""
-    from .cluster import Peers, agree, only_first_speaks
+    from .cluster import Peers, only_first_speaks
+    from .mpi import agree
 
     try:
         peers = Peers(agree(cluster))
         with only_first_speaks(cluster):
             code, line = _guarded(arguments, peers)
-            _told(arguments, (code, line))
+            _told(arguments, code, line)
     except UnreachableError as error:  # nobody else can say it
-        return _told(arguments, (2, str(error)))
+        return _told(arguments, 2, str(error))
     except ValueError as error:  # no agreement: all know it
-        return _told(arguments, (2, str(error) if cluster.rank == 0 else None))
+        return _told(arguments, 2, str(error) if cluster.rank == 0 else None)
     code, known = peers.leave(code)
     if not known:  # rank 0 knows nothing of it, and may wait for this process
-        _told(arguments, (code, f"rank {cluster.rank}: {line}"))
+        _told(arguments, code, f"rank {cluster.rank}: {line}")
     if any(thread.daemon for thread in threading.enumerate()):
         # One that waits in C++, for a store that is gone, would abort the process when Python ends.
         sys.stdout.flush()
@@ -94,9 +101,8 @@ def _together(arguments: Sequence[str], cluster: Cluster) -> int:
     return code
 
 
-def _told(arguments: Sequence[str], result: tuple[int, str | None]) -> int:
+def _told(arguments: Sequence[str], code: int, line: str | None) -> int:
     """Print the line, if there is one, and return the exit code."""
-    code, line = result
     if line is not None:
         print(f"sigmoe {arguments[0]}: {line}" if arguments else f"sigmoe: {line}", file=sys.stderr)  # noqa: T201
     return code
@@ -120,16 +126,14 @@ def _guarded(arguments: Sequence[str], peers: "Peers | None" = None) -> tuple[in
         mistake = isinstance(error, ValueError) and not isinstance(error, WriteError)
         return 2 if mistake else 1, " ".join(str(error).split())
     except RuntimeError as error:
-        line = None if peers is None else _lost_peer(error)
+        if peers is None:
+            raise
+        from .lost_peer import lost_peer  # torch takes a while
+
+        line = lost_peer(error)
         if line is None:
             raise
         return 1, line
-
-
-def _lost_peer(error: RuntimeError) -> str | None:
-    from .cluster import lost_peer  # torch takes a while
-
-    return lost_peer(error)
 
 
 def _run(command: str, rest: list[str], peers: "Peers | None") -> int:

@@ -1,7 +1,6 @@
 """Workers that mpirun started: what the processes of an offline command tell each other, and that all fail together.
 
-The only file that imports mpi4py, and only where mpirun started several processes. Plain data goes around as JSON in
-host memory, never pickled.
+Plain data goes around as JSON in host memory, never pickled.
 """
 
 import json
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..moe.workers import ALONE, Workers
 from .launcher import find_mpi
+from .mpi import load_mpi
 
 _NAP = 0.001  # seconds
 
@@ -56,16 +56,14 @@ class OfflineRanks(Workers):
 def offline_ranks() -> Iterator[Workers]:
     """Yield the processes that mpirun started, or this one alone.
 
-    Where one of them fails by itself, the others, who would wait for it for ever, are ended. Raises ValueError under
-    mpirun without mpi4py.
+    Where one of them fails by itself, the others, who would wait for it for ever, are ended. Raises ValueError where
+    mpi4py lacks or belongs to another MPI: the processes would write over each other.
     """
-    if find_mpi() is None:
+    cluster = find_mpi()
+    if cluster is None:
         yield ALONE
         return
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise ValueError("mpirun needs mpi4py: pip install mpi4py, or start one process without mpirun") from error
+    MPI = load_mpi(cluster, "start one process without mpirun")
     ranks = OfflineRanks(MPI.COMM_WORLD)
     try:
         yield ranks

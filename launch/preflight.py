@@ -13,6 +13,8 @@ from ..parallel.mesh import Axis
 from .train_config import TrainConfig
 
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "sigmoe")
+# Each machine may have its own; the config in `out` is compared with this one later.
+_LOCAL = ("out", "dataset", "device", "threads")
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,15 +35,7 @@ def check_alike(config: TrainConfig, dataset: Dataset, world: Axis) -> None:
 
 
 def _facts(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    shared = config.to_dict()
-    for local in (
-        "out",
-        "dataset",
-        "device",
-        "threads",
-    ):  # as a machine has them; what stands in `out` is compared later
-        shared.pop(local)
-    facts = dict(_flat(shared))
+    facts = dict(_flat({key: value for key, value in config.to_dict().items() if key not in _LOCAL}))
     facts["the dataset's digest"] = dataset.digest
     facts |= {f"the version of {name}": _version(name) for name in _LIBRARIES}
     facts["the digest of sigmoe's code"] = _code_digest()

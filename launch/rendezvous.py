@@ -5,7 +5,6 @@ minutes and not a hung job after ten.
 """
 
 import json
-import re
 import socket
 import time
 from datetime import timedelta
@@ -15,13 +14,12 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from .launcher import Cluster, UnreachableError
+from .lost_peer import plain_words
 
 # How much longer the others wait for rank 0's word than rank 0 for them.
 _GRACE = 15.0
 _HINT = "check that no firewall is between, and that MASTER_ADDR and MASTER_PORT are rank 0's"
-_INTERFACES = (
-    "check that no firewall is between, and that GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) names the right one"
-)
+_INTERFACES = "check that no firewall is between, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the right one"
 
 
 def open_store(cluster: Cluster, seconds: float) -> Store:
@@ -41,7 +39,7 @@ def open_store(cluster: Cluster, seconds: float) -> Store:
     except distributed.DistError as error:
         hint = "another job may have the port: give another MASTER_PORT" if serving else _HINT
         raise UnreachableError(
-            f"{_who(cluster)} cannot {'serve' if serving else 'use'} it ({_why(error)}): {hint}"
+            f"{_who(cluster)} cannot {'serve' if serving else 'use'} it ({plain_words(error)}): {hint}"
         ) from error
     return PrefixStore(f"sigmoe/{cluster.attempt}", store)
 
@@ -55,7 +53,7 @@ def call_roll(store: Store, cluster: Cluster, seconds: float) -> list[str]:
         store.wait(["roll"], timedelta(seconds=seconds + _GRACE))
         hosts: list[str | None] = json.loads(store.get("roll"))
     except distributed.DistError as error:
-        raise UnreachableError(f"{_who(cluster)} lost it ({_why(error)}): {_HINT}") from error
+        raise UnreachableError(f"{_who(cluster)} lost it ({plain_words(error)}): {_HINT}") from error
     missing = [rank for rank, host in enumerate(hosts) if host is None]
     if missing:
         raise ValueError(
@@ -83,9 +81,8 @@ def try_all_reduce(store: Store, cluster: Cluster, device: str, seconds: float) 
             raise ValueError(f"{_who(cluster)}: {cluster.size} ranks added 1 and got {int(total)}")
         distributed.destroy_process_group()
     except RuntimeError as error:
-        raise ValueError(
-            f"{_who(cluster)} reaches it, but not all other ranks within {seconds:g} s ({_why(error)}): {_INTERFACES}"
-        ) from error
+        told = f"{_who(cluster)} reaches it, but not all other ranks within {seconds:g} s ({plain_words(error)})"
+        raise ValueError(f"{told}: {_INTERFACES}") from error
 
 
 def rank_map(cluster: Cluster, hosts: list[str]) -> list[str]:
@@ -140,11 +137,6 @@ def _place(cluster: Cluster) -> str:
 def _who(cluster: Cluster) -> str:
     """Return the beginning of a line about rank 0's address."""
     return f"rank 0's address is {_place(cluster)}, and rank {cluster.rank} on {socket.gethostname()}"
-
-
-def _why(error: Exception) -> str:
-    first = re.sub(r"\[/[^]]*\] ", "", " ".join(str(error).split())).partition(". ")[0]  # gloo names its source files
-    return f"{first:.160}"
 
 
 def _named(ranks: list[int]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..moe.storage.checkpoint import CheckpointContent
 from ..moe.storage.durable import NoRoomError
 from ..parallel.checkpointer import Checkpointer
-from .cluster import plain_words
+from .lost_peer import plain_words
 
 # A wait that the user hears of.
 _NOTED_SECONDS = 0.1
@@ -112,4 +112,4 @@ class Saves:
 
 def _line(error: BaseException) -> str:
     """Return what went wrong, which another library may tell in several lines."""
-    return plain_words(error)[:160] or type(error).__name__
+    return plain_words(error) or type(error).__name__

@@ -13,7 +13,7 @@ from .console import notes, print_table
 
 
 def sweep(command: str, overrides: list[str], config_dir: str | None) -> int:
-    """Run all points, whatever becomes of one; return 0 where all ended well, else the first other exit code.
+    """Run all points, whatever becomes of one; return 0, the first exit code that is another, or 130 where some lack.
 
     Every point is composed before the first one runs: a mistake is a ValueError with nothing started.
     """

@@ -114,8 +114,9 @@ class AllToAllDispatcher:
         K = order.row_TK.shape[1]
         num_tokens = -(-order.row_TK.shape[0] // self.mesh.tp.size)
         first = self.mesh.tp.rank * num_tokens * K
-        kept_R = (order.source_R >= first) & (order.source_R < first + num_tokens * K)
-        source_R = order.source_R[kept_R] - first
+        all_R = order.source_R
+        kept_R = (all_R >= first) & (all_R < first + num_tokens * K)
+        source_R = all_R[kept_R] - first
         row_N = torch.full((num_tokens * K,), -1, device=source_R.device)
         row_N[source_R] = torch.arange(source_R.numel(), device=source_R.device)
         place_R = torch.arange(order.count_E.numel(), device=source_R.device).repeat_interleave(order.count_E)

@@ -14,7 +14,7 @@ DOORS = {
     # Training has one; the other measures DeepSpeed's own layer beside ours, in a process of its own.
     "deepspeed": ("parallel/zero.py", "benchmarks/deepspeed_step.py"),
     "megatron": ("parallel/megatron.py",),
-    "mpi4py": ("launch/offline_ranks.py", "launch/cluster.py"),
+    "mpi4py": ("launch/mpi.py",),
     "hydra": ("launch/compose.py",),
     "omegaconf": ("launch/compose.py",),
 }

@@ -4,6 +4,8 @@
 #     NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 torchrun.sh dataset=data/mine out=runs/mine     # on 10.0.0.1
 #     NODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 torchrun.sh dataset=data/mine out=runs/mine     # on the other
 #
+# RESTARTS=3 starts all ranks again, up to three times, when one has died; the run goes on from its newest checkpoint.
+#
 # Edit: how a node finds python, processes a node (one a GPU), the port, the network interface.
 
 set -eu
@@ -14,4 +16,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0   # where the default route is not the nodes' fast network
 
 exec torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "${PROCESSES:-8}" \
-  --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" -m sigmoe.launch.train "$@"
+  --max-restarts "${RESTARTS:-0}" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" \
+  -m sigmoe.launch.train "$@"

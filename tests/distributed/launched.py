@@ -14,6 +14,15 @@ from sigmoe.launch import main
 
 SCRIPTS = Path(main.__file__).parent / "scripts"
 SLURM = Path(__file__).parent.parent / "launch" / "slurm"  # srun and scontrol that stand for Slurm's
+SLURM_JOB = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_NTASKS": "2",
+    "SLURM_TASKS_PER_NODE": "1,1",
+    "SLURM_JOB_NODELIST": "localhost,other",
+    "SLURM_PROCID": "0",  # a batch job's shell has these too
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "SLURM_", "TORCHELASTIC_")
 
 
@@ -64,10 +73,31 @@ def losses(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def torchrun(nodes, node, folder, *words):
+def slurm(folder, *words):
+    """Start the script as a batch job's shell does."""
+    return Started(folder, [str(SCRIPTS / "slurm.sh"), *words], **SLURM_JOB)
+
+
+def deepspeed_without_ssh(folder, *words):
+    """Start the script twice, as on two nodes."""
+    (folder / "hostfile").write_text("first slots=1\nsecond slots=1\n")
+    settings = {"HOSTFILE": "hostfile", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        Started(folder, [str(SCRIPTS / "deepspeed.sh"), *words], NODE_RANK=str(node), **settings) for node in (0, 1)
+    ]
+
+
+def mpirun_here(folder, *words):
+    """Start the script for this machine alone."""
+    (folder / "hostfile").write_text("localhost slots=2\n")
+    settings = {"HOSTFILE": "hostfile", "MPIRUN": "--allow-run-as-root --oversubscribe"}
+    return Started(folder, [str(SCRIPTS / "mpirun.sh"), *words], **settings)
+
+
+def torchrun(nodes, node, folder, *words, **changes):
     """Start the script on a node."""
     settings = {"NODES": "2", "PROCESSES": "1", "NODE_RANK": str(node), "MASTER_ADDR": ADDRESSES[0]}
-    return Started(folder, nodes.command(node, str(SCRIPTS / "torchrun.sh"), *words), **settings)
+    return Started(folder, nodes.command(node, str(SCRIPTS / "torchrun.sh"), *words), **settings, **changes)
 
 
 def mpirun(nodes, folder, *words):

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 INTERFACE = "veth0"
@@ -47,11 +50,13 @@ class Nodes:
         inside = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node-{node}", *words]
         return ["ip", "netns", "exec", self.names[node], "env", f"GLOO_SOCKET_IFNAME={INTERFACE}", *inside]
 
-    def kill(self, node):
-        """Kill everything that runs on a node."""
+    def kill(self, node, *, rank=None):
+        """Kill everything that runs on a node, or the one process that torchrun made this rank."""
         told = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True, check=True)
-        for pid in told.stdout.split():
-            subprocess.run(["kill", "-9", pid], check=False, capture_output=True)
+        for pid in map(int, told.stdout.split()):
+            with suppress(OSError):  # it has ended
+                if rank is None or f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
 
     def cut_off(self, *, plugged=False):
         """Pull the cable out, or plug it in again."""

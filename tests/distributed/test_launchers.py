@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from shutil import which
 
 import pytest
-from launched import SCRIPTS, Started, environment, free_port, losses, mpirun, torchrun, wait_for
+from launched import deepspeed_without_ssh, environment, losses, mpirun, mpirun_here, slurm, torchrun, wait_for
 from nodes import Nodes, why_not
 
 pytestmark = pytest.mark.skipif(
@@ -19,16 +19,6 @@ pytestmark = pytest.mark.skipif(
 needs_mpi = pytest.mark.skipif(
     find_spec("mpi4py") is None or which("mpirun", path=environment()["PATH"]) is None, reason="needs mpi4py and mpirun"
 )
-MPIRUN = "--allow-run-as-root --oversubscribe"
-SLURM_JOB = {
-    "SLURM_JOB_ID": "4242",
-    "SLURM_NTASKS": "2",
-    "SLURM_TASKS_PER_NODE": "1,1",
-    "SLURM_JOB_NODELIST": "localhost,other",
-    "SLURM_PROCID": "0",  # a batch job's shell has these too
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-}
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +54,12 @@ def check(folder, alone, launcher, jobs, *, hosts):
 
 
 def test_slurms_script(tiny, tmp_path, alone):
-    job = Started(tmp_path, [str(SCRIPTS / "slurm.sh"), *tiny, "out=run"], **SLURM_JOB)
-    check(tmp_path, alone, "srun", [job], hosts=1)
+    check(tmp_path, alone, "srun", [slurm(tmp_path, *tiny, "out=run")], hosts=1)
     assert not (tmp_path / "requeued").exists()
 
 
 def test_slurms_script_saves_and_requeues_when_time_is_up(tiny, tmp_path):
-    words = [*tiny, "steps=5000", "evaluate.tokens=64", "out=run"]
-    job = Started(tmp_path, [str(SCRIPTS / "slurm.sh"), *words], **SLURM_JOB)
+    job = slurm(tmp_path, *tiny, "steps=5000", "evaluate.tokens=64", "out=run")
     wait_for(job, "step 3 ")
     job.process.send_signal(signal.SIGUSR1)
     assert job.end() == 0, job.words[-3000:]
@@ -81,13 +69,7 @@ def test_slurms_script_saves_and_requeues_when_time_is_up(tiny, tmp_path):
 
 
 def test_deepspeeds_script_with_a_hostfile_and_without_ssh(tiny, tmp_path, alone):
-    (tmp_path / "hostfile").write_text("first slots=1\nsecond slots=1\n")
-    settings = {"HOSTFILE": "hostfile", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    jobs = [
-        Started(tmp_path, [str(SCRIPTS / "deepspeed.sh"), *tiny, "out=run"], NODE_RANK=str(node), **settings)
-        for node in range(2)
-    ]
-    check(tmp_path, alone, "deepspeed", jobs, hosts=1)
+    check(tmp_path, alone, "deepspeed", deepspeed_without_ssh(tmp_path, *tiny, "out=run"), hosts=1)
 
 
 @needs_mpi
@@ -96,9 +78,7 @@ def test_deepspeeds_script_with_a_hostfile_and_without_ssh(tiny, tmp_path, alone
     reason="two nodes, which this machine permits, say more",
 )
 def test_mpiruns_script(tiny, tmp_path, alone):
-    (tmp_path / "hostfile").write_text("localhost slots=2\n")
-    job = Started(tmp_path, [str(SCRIPTS / "mpirun.sh"), *tiny, "out=run"], HOSTFILE="hostfile", MPIRUN=MPIRUN)
-    check(tmp_path, alone, "mpirun", [job], hosts=1)
+    check(tmp_path, alone, "mpirun", [mpirun_here(tmp_path, *tiny, "out=run")], hosts=1)
 
 
 def test_torchruns_script_over_two_nodes(tiny, tmp_path, alone, nodes):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sigmoe.launch import preflight
+from sigmoe.launch import compose, preflight
 from sigmoe.launch.session import Session
 from sigmoe.launch.trainer import Trainer
 from sigmoe.moe.data.loader import BatchLoader
@@ -105,6 +105,16 @@ def another_machine():
     elsewhere = Path("elsewhere")
     elsewhere.mkdir()
     os.chdir(elsewhere)
+
+
+def another_config():
+    """Run with another value of a key than the rest."""
+    composed = compose.compose_command
+
+    def other(command, overrides, config_dir=None):
+        return composed(command, [*overrides, "optim.weight_decay=0.5"], config_dir)
+
+    compose.compose_command = other
 
 
 def another_version():

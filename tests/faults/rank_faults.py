@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from inject import (
+    another_config,
     another_machine,
     another_version,
     at_step,
@@ -52,6 +53,7 @@ SCENARIOS = {
     "inf for good": (1, lambda: spoil_gradients(3, STEPS, torch.inf), [*EACH, "guard.max_skipped=3"]),
     "spike": (None, JUNK, [*SPIKE, "parallel.ep=2"]),
     "no token": (None, NOTHING, NO_TOKEN),
+    "another config": (1, another_config, []),
     "another version": (1, another_version, []),
     "another machine": (1, another_machine, []),
 }
@@ -65,12 +67,12 @@ def inject(folder, name, overrides):
     return end(pids), time.monotonic() - begin
 
 
-def damaged(folder, whole, overrides, damage):
-    """Resume a run of which all checkpoints are damaged."""
-    shutil.copytree(whole, folder / "run")
+def damaged(folder, run, overrides, damage):
+    """Resume a run whose newest checkpoint is damaged."""
+    shutil.copytree(run, folder / "run")
     begin = time.monotonic()
-    damage(next((folder / "run/checkpoints").glob("step-*")))
-    return end(start(folder, [*overrides, *ALWAYS, "steps=8"])), time.monotonic() - begin
+    damage(max((folder / "run/checkpoints").glob("step-*")))
+    return end(start(folder, [*overrides, *ALWAYS, *EACH, "steps=8"])), time.monotonic() - begin
 
 
 def cut(step):
@@ -82,6 +84,14 @@ def cut(step):
 def lose(step):
     """Remove a shard."""
     next((step / "model").glob("*.safetensors")).unlink()
+
+
+def flip(step):
+    """Flip a bit of a shard."""
+    shard = next((step / "model").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 1
+    shard.write_bytes(data)
 
 
 def alone(folder, overrides, arrange=lambda: None):
@@ -158,9 +168,9 @@ def try_all(place, overrides):
     told["interrupted spike"] = interrupt_a_spike(place / "interrupted", overrides)
     evaluation = place / "SIGTERM-in-the-last-evaluation"
     told["evaluated"] = found(evaluation, end(start(evaluation, always)))
-    for damage in (cut, lose):
+    for damage, run in ((cut, "whole"), (lose, "whole"), (flip, "nan-once")):
         folder = place / damage.__name__
-        told[damage.__name__] = found(folder, *damaged(folder, place / "whole/run", overrides, damage))
+        told[damage.__name__] = found(folder, *damaged(folder, place / run / "run", overrides, damage))
     told["ranks"] = change_ranks(place / "ranks", overrides)
     return told
 

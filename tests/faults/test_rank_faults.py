@@ -33,34 +33,32 @@ def lines(run, rank=0):
     return run["words"][rank].splitlines()
 
 
+def own_line(run):
+    """The line with which rank 0 ended the run; empty where it said none or several."""
+    own = [line for line in lines(run) if line.startswith("sigmoe train: ")]
+    return own[0] if len(own) == 1 else ""
+
+
 def alike(run, other):
     """Whether two runs saw the same losses, but for the order of sums."""
     return losses(run) == pytest.approx(losses(other), rel=1e-4) and len(losses(run)) > 0
 
 
 def test_a_hang_is_named_and_ended(runs, holds):
-    over, one, zero = runs["oversleeps"], runs["rank 1 is stopped"], runs["rank 0 is stopped"]
     waits = "(step 3) waits in all_reduce, parallel/collectives.py:"
-    said = {
-        "oversleeps": [line for line in lines(over) if "no rank has moved for 2 s" in line],
-        "rank 1": [line for line in lines(one) if "no rank has moved for 2 s" in line],
-        "rank 0": [line for line in lines(zero, 1) if "no rank has moved for 2 s" in line],
+    # Name: who says what, exit statuses, whose stacks are there.
+    expected = {
+        "oversleeps": (0, ("rank 1 (step 3) sits at faults/inject.py:", "; rank 0 " + waits), [75, 75], [0, 1]),
+        "rank 1 is stopped": (0, ("rank 1 does not answer; ", "; rank 0 " + waits), [75, -9], [0]),
+        "rank 0 is stopped": (1, ("rank 0 does not answer; ", "; rank 1 " + waits), [-9, 75], [1]),
     }
-    told = {
-        "oversleeps": ("rank 1 (step 3) sits at faults/inject.py:", "; rank 0 " + waits),
-        "rank 1": ("rank 1 does not answer; ", "; rank 0 " + waits),
-        "rank 0": ("rank 0 does not answer; ", "; rank 1 " + waits),
-    }
-    holds(
-        "a rank that hangs",
-        {name: len(said[name]) == 1 and all(part in said[name][0] for part in told[name]) for name in told},
-    )
-    assert [over["status"], one["status"], zero["status"]] == [[75, 75], [75, -9], [-9, 75]]
-    assert [over["stacks"], one["stacks"], zero["stacks"]] == [
-        ["stacks-rank0.txt", "stacks-rank1.txt"],
-        ["stacks-rank0.txt"],
-        ["stacks-rank1.txt"],
-    ]
+    points = {}
+    for name, (speaker, parts, status, stacks) in expected.items():
+        said = [line for line in lines(runs[name], speaker) if "no rank has moved for 2 s" in line]
+        named = len(said) == 1 and all(part in said[0] for part in parts)
+        dumped = runs[name]["stacks"] == [f"stacks-rank{rank}.txt" for rank in stacks]
+        points[name] = named and dumped and runs[name]["status"] == status
+    holds("a rank that hangs", points)
 
 
 def test_a_signal_saves_on_all_ranks_after_the_same_step(runs, holds):
@@ -68,9 +66,13 @@ def test_a_signal_saves_on_all_ranks_after_the_same_step(runs, holds):
     points = {name: found == ([0, 0], [3]) for name, found in points.items()}
     loading = runs["SIGTERM while loading"]
     points["while loading"] = (loading["status"], loading["steps"], loading["rows"]) == ([0, 0], [], [])
+    points["SIGUSR1"] &= any(
+        "stopped at step 3, saved; to resume, run again: " in line for line in lines(runs["SIGUSR1"])
+    )
+    points["while loading"] &= any(
+        "stopped at step 0, before there was anything to save" in line for line in lines(loading)
+    )
     holds("a signal to one rank", points)
-    assert any("stopped at step 3, saved; to resume, run again: " in line for line in lines(runs["SIGUSR1"]))
-    assert any("stopped at step 0, before there was anything to save" in line for line in lines(loading))
 
 
 def test_a_signal_in_the_last_evaluation_costs_no_step(runs, holds):
@@ -84,6 +86,10 @@ def test_a_signal_in_the_last_evaluation_costs_no_step(runs, holds):
 
 def test_all_ranks_skip_a_step_whose_gradient_is_not_finite_on_one(runs, holds):
     once, good = runs["nan once"], runs["inf for good"]
+    told = (
+        "3 steps in a row were skipped; at step 5 the loss is 5.",
+        "the newest checkpoint before them is of step 2: ",
+    )
     holds(
         "NaN or Inf in one rank's gradient",
         {
@@ -92,16 +98,15 @@ def test_all_ranks_skip_a_step_whose_gradient_is_not_finite_on_one(runs, holds):
             "weights": once["model"]["3"] == once["model"]["2"] != once["model"]["4"],
             "again and again": good["model"]["4"] == good["model"]["2"],
             "the end": good["status"] == [2, 2] and good["steps"] == [1, 2, 3, 4],
+            "one line": all(part in own_line(good) for part in told),
         },
     )
-    (line,) = [line for line in lines(good) if line.startswith("sigmoe train: ")]
-    assert "3 steps in a row were skipped; at step 5 the loss is 5." in line
-    assert "the newest checkpoint before them is of step 2: " in line
 
 
 def test_a_spike_that_lasts_is_gone_behind_once(runs, holds):
     two, one, again = runs["spike"], runs["whole spike"], runs["interrupted spike"]
-    spikes = [row["step"] for row in one["rows"] if row.get("spike")]
+    spikes, spikes_of_two = ([row["step"] for row in run["rows"] if row.get("spike")] for run in (one, two))
+    told = "step 28: back to the weights and moments of step 24, without the data of the 4 steps"
     holds(
         "a loss spike",
         {
@@ -110,14 +115,10 @@ def test_a_spike_that_lasts_is_gone_behind_once(runs, holds):
             == {step: [24, 28] for step in ("28", "32", "36", "40")},
             "weights": one["model"]["28"] == one["model"]["24"],
             "resumed in the midst": again["status"] == [0] and again["all"] | {"25": ""} == one["all"] | {"25": ""},
-            "two ranks": two["status"] == [0, 0] and alike(two, one),
+            "two ranks": two["status"] == [0, 0] and alike(two, one) and spikes_of_two == spikes,
+            "two ranks go back": two["guard"]["40"]["rolled_back"] == [24, 28]
+            and any(told in line for line in lines(two)),
         },
-    )
-    assert two["guard"]["40"]["rolled_back"] == [24, 28]
-    assert [row["step"] for row in two["rows"] if row.get("spike")] == spikes
-    assert any(
-        "step 28: back to the weights and moments of step 24, without the data of the 4 steps" in line
-        for line in lines(two)
     )
 
 
@@ -140,21 +141,33 @@ def test_experts_and_a_rank_without_a_token(runs, holds):
 @pytest.mark.parametrize("damage", ["cut", "lose"])
 def test_a_damaged_shard_is_the_same_line_on_all_ranks(runs, holds, damage):
     run = runs[damage]
-    (line,) = [line for line in lines(run) if line.startswith("sigmoe train: ")]
-    refused = run["status"] == [2, 2] and "00001-of-00001.safetensors: " in line
+    refused = run["status"] == [2, 2] and "00001-of-00001.safetensors: " in own_line(run)
     alone = lines(run, 1) == []  # rank 0 has told it
     holds("a truncated or missing shard", {"refused": refused and alone})
 
 
-def test_ranks_that_differ_are_told_apart(runs, holds):
-    run = runs["another version"]
-    (line,) = [line for line in lines(run) if line.startswith("sigmoe train: ")]
-    told = "rank 1 differs from rank 0: the version of torch is '0' there" in line
-    holds("ranks that differ", {"before anything is written": told and run["status"] == [2, 2] and run["steps"] == []})
+def test_a_flipped_bit_is_told_and_costs_that_checkpoint_alone(runs, holds):
+    run = runs["flip"]
+    told = [line for line in lines(run) if "model-00001-of-00001.safetensors" in line and "before it" in line]
+    resumed = any("resuming run at step 5" in line for line in lines(run))
+    holds("a flipped bit in a shard", {"back to step 5": len(told) == 1 and resumed and run["status"] == [0, 0]})
+
+
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [
+        ("config", "optim.weight_decay is 0.5 there"),
+        ("version", "the version of torch is '0' there"),
+    ],
+)
+def test_ranks_that_differ_are_told_apart(runs, holds, which, told):
+    run = runs[f"another {which}"]
+    named = f"rank 1 differs from rank 0: {told}" in own_line(run)
+    holds("ranks that differ", {"nothing is written": named and (run["status"], run["begun"]) == ([2, 2], False)})
 
 
 def test_a_rank_that_does_not_see_the_run_is_told_before_the_first_step(runs, holds):
     run = runs["another machine"]
-    (line,) = [line for line in lines(run) if line.startswith("sigmoe train: ")]
-    told = line.startswith("sigmoe train: rank 1: what rank 0 writes into run is not there: out= must be the same")
+    begin = "sigmoe train: rank 1: what rank 0 writes into run is not there: out= must be the same"
+    told = own_line(run).startswith(begin)
     holds("a rank without the run's directory", {"one line": told and (run["status"], run["begun"]) == ([2, 2], False)})

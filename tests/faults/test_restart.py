@@ -34,15 +34,10 @@ def test_torchrun_starts_killed_ranks_again(train, tiny, tmp_path, survived):
     assert train("steps=8", "save.every=2", "out=whole") == 0
     resumed = done.returncode == 0 and "resuming run at step " in done.stderr
     alike = resumed and losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-    survived("kill -9 of a rank in mid-step, started again by torchrun", 1, int(alike))
-    assert alike, done.stderr
-    assert sorted(path.name for path in tmp_path.glob("began-*")) == [
-        "began-0-0",
-        "began-0-1",
-        "began-1-0",
-        "began-1-1",
-    ]
+    began = sorted(path.name for path in tmp_path.glob("began-*"))
+    twice = began == ["began-0-0", "began-0-1", "began-1-0", "began-1-1"]
     taken = sorted(int(line) for path in tmp_path.glob("samples-1-*") for line in path.read_text().split())
-    assert taken[-1] == 8 * 4 - 1
-    assert taken == list(range(taken[0], 8 * 4))
-    assert taken[0] in (2 * 4, 4 * 4)  # behind a complete step: that of step 4 was being saved, or stood
+    # Behind a complete step: that of step 4 was being saved, or stood.
+    each_once = taken in (list(range(2 * 4, 8 * 4)), list(range(4 * 4, 8 * 4)))
+    survived("kill -9 of a rank in mid-step, started again by torchrun", 1, int(alike and twice and each_once))
+    assert alike and twice and each_once, (began, taken, done.stderr)

@@ -3,9 +3,9 @@
 What was saved goes on. `make faults` tries every way; `make test` one.
 """
 
+import json
 import os
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +31,7 @@ WAYS = [
     ("mpirun", "cut off"),
     ("mpirun", "node 1 killed"),
 ]
+EVERYTHING = os.environ.get("SIGMOE_FAULTS") == "all"
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def nodes():
         yield two
 
 
-@pytest.mark.parametrize(("launcher", "way"), WAYS if os.environ.get("SIGMOE_FAULTS") == "all" else WAYS[:1])
+@pytest.mark.parametrize(("launcher", "way"), WAYS if EVERYTHING else WAYS[:1])
 def test_the_other_node_ends_with_one_line(nodes, tiny, train, tmp_path, survived, launcher, way):
     words = [*tiny, *LONG, *PATIENCE, "out=run"]
     if launcher == "mpirun":
@@ -51,7 +52,6 @@ def test_the_other_node_ends_with_one_line(nodes, tiny, train, tmp_path, survive
     else:
         jobs = [torchrun(nodes, node, tmp_path, *words) for node in range(2)]
     wait_for(jobs[0], "step 5 ")
-    begin = time.monotonic()
     if way == "cut off":
         nodes.cut_off()
         left = jobs
@@ -60,7 +60,6 @@ def test_the_other_node_ends_with_one_line(nodes, tiny, train, tmp_path, survive
         nodes.kill(dead)
         left = [job for node, job in enumerate(jobs) if node != dead or launcher == "mpirun"]
     codes = [job.end(LIMIT) for job in left]
-    seconds = time.monotonic() - begin
     told = [[line for line in job.own_words if "another process is gone or does not answer" in line] for job in left]
     # Where mpirun loses a whole node, it kills the other's ranks, maybe before they speak, and (5.0.11) ends with 0.
     fewest = 0 if (launcher, way) == ("mpirun", "node 1 killed") else 1
@@ -68,5 +67,19 @@ def test_the_other_node_ends_with_one_line(nodes, tiny, train, tmp_path, survive
     well = well and (all(codes) or (launcher == "mpirun" and any(text in jobs[0].words for text in LOST)))
     step = max(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step-*"))
     well = well and train(*LONG, f"stop_at={step + 2}", "out=run") == 0
-    survived(f"{launcher} over two nodes, {way} ({seconds:.0f} s until all had ended)", 1, int(well))
+    survived(f"{launcher} over two nodes, {way}", 1, int(well))
     assert well, (codes, told, [job.words[-2000:] for job in left])
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="make faults")
+def test_torchrun_starts_all_nodes_again(nodes, tiny, tmp_path, survived):
+    words = [*tiny, "steps=100", "save.every=2", "save.keep=2", "evaluate.tokens=64", "out=run"]
+    jobs = [torchrun(nodes, node, tmp_path, *words, RESTARTS="1") for node in range(2)]
+    wait_for(jobs[0], "step 5 ")
+    nodes.kill(1, rank=1)
+    codes = [job.end() for job in jobs]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    each_once = [row["step"] for row in rows if "loss" in row] == list(range(1, 101))
+    well = codes == [0, 0] and each_once and "resuming run at step " in jobs[0].words
+    survived("torchrun over two nodes, a rank killed, all started again", 1, int(well))
+    assert well, (codes, [job.words[-3000:] for job in jobs])

@@ -1,6 +1,7 @@
 """Offline commands under mpirun: two processes write the bytes of one, and fail together."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -144,3 +145,24 @@ def test_where_one_fails_by_itself_all_end(run_mpi, folder, tmp_path):
     assert codes == [] and code != 0 and printed == ""
     assert "rank 1: RuntimeError: a bug" in told
     assert not (folder / "two").exists()
+
+
+def test_mpi4py_of_another_mpi_is_one_line(folder):
+    """MPICH's mpirun says who is which; an mpi4py of Open MPI knows nothing of it, and each process would be alone."""
+    environment = os.environ | {"PMI_RANK": "0", "PMI_SIZE": "2"}
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "sigmoe.launch.main",
+        "data",
+        "data=files",
+        "data.domains={a: a, b: b}",
+        "out=two",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=250)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "sigmoe data: mpirun started 2 processes, and mpi4py sees 1: it was built for another MPI"
+    )
+    assert done.stderr.count("\n") == 1

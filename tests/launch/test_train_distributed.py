@@ -177,19 +177,6 @@ def test_a_bad_layout_is_one_line_and_nothing_is_written(tiny, tmp_path):
     assert [line.split()[2] for line in err if line.strip().startswith("exitcode")] == ["2", "2"]
 
 
-def test_ranks_that_differ_are_told_apart(tiny, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, sys\nfrom sigmoe.launch.main import main\n"
-        "sys.exit(main(['train', *sys.argv[1:], f'optim.weight_decay=0.{os.environ[\"RANK\"]}']))\n"
-    )
-    code, _, err = Run(tmp_path, 2, *tiny, "out=run", program=(str(program),)).end()
-    assert code != 0
-    (line,) = [line for line in err if line.startswith("sigmoe train: ")]
-    assert "rank 1 differs from rank 0: optim.weight_decay is 0.1 there and 0.0 here" in line
-    assert names(tmp_path) == ["program.py"]
-
-
 def test_a_mistake_of_one_rank_names_it(tiny, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
