@@ -13,15 +13,17 @@ from typing import Literal
 
 import torch
 
+from ..kernels.grouped.op import BLOCK_ROWS
 from ..moe.data.progress import Progress, no_progress
 from .machine import describe
 from .moe_layer import Load, MoeShape
-from .moe_worker import MoeAnswer, MoeRequest
+from .moe_worker import MoeRequest
+from .passes import PassAnswer, median_seconds, speed_ratios
 from .table import BenchTable
 from .worker import Worker
 
 OURS = "sigmoe"
-Rounds = dict[str, list[MoeAnswer]]
+Rounds = dict[str, list[PassAnswer]]
 # Tokens, D, F, experts, top-k.
 ON_A_CPU = ((2048, 256, 512, 8, 2),)
 ON_A_GPU = (
@@ -35,7 +37,7 @@ ON_A_GPU = (
 GPU_PEERS = {"liger": "liger_kernel", "moe_ops": "moe_ops"}
 COLUMNS = (
     *("contender", "tokens, D, F, E, K", "load", "malloc", "forward ms", "backward ms"),
-    *("sigmoe is, forward", "backward", "both", "TFLOP/s", "of limit", "kept MB", "peak MB"),
+    *("sigmoe is, forward", "backward", "both", "TFLOP/s", "of limit", "tiles", "kept MB", "peak MB"),
 )
 
 
@@ -49,7 +51,7 @@ class MoeBenchSettings:
     steps: int = 4  # passes a round
     warmup: int = 5  # passes
     threads: int = 2
-    peers: tuple[str, ...] = ("grouped_mm", "eager", "dense")
+    peers: tuple[str, ...] = ("grouped_linear", "grouped_mm", "eager", "dense")
     allocators: tuple[Literal["default", "raised"], ...] = ("default", "raised")
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ def run_suite(settings: MoeBenchSettings, progress: Progress = no_progress) -> B
 
 
 def _measure(settings: MoeBenchSettings, case: Case, device: str, names: Sequence[str]) -> Rounds:
-    def start(name: str) -> Worker[MoeAnswer]:
+    def start(name: str) -> Worker[PassAnswer]:
         request = MoeRequest(
             contender=name,
             shape=case.shape,
@@ -128,7 +130,7 @@ def _measure(settings: MoeBenchSettings, case: Case, device: str, names: Sequenc
             raise_thresholds=case.allocator == "raised",
             warmup=settings.warmup,
         )
-        return Worker("moe_worker", request, MoeAnswer)
+        return Worker("moe_worker", request, PassAnswer)
 
     with ExitStack() as stack:
         workers = {name: stack.enter_context(start(name)) for name in (*names, "machine")}
@@ -156,26 +158,15 @@ def rows_of(case: Case, rounds: Rounds, width: int) -> list[tuple[str, ...]]:
     for name, answers in rounds.items():
         if name == "machine":
             continue
-        seconds, last = [_seconds(answer) for answer in answers], answers[-1]
+        seconds, last = [median_seconds(answer) for answer in answers], answers[-1]
         forward, backward, both = (statistics.median(column) for column in zip(*seconds, strict=True))
         share = statistics.median(limit / taken[2] for taken, limit in zip(seconds, limits, strict=True))
         ratios = [f"{ratio:.2f}x" for ratio in speed_ratios(rounds[OURS], answers)] if name != OURS else [""] * 3
         memory = [f"{size / 1e6:.1f}" * (size > 0) for size in (last.kept_bytes, last.peak_bytes)]
-        speed = f"{flops / both / 1e12:.3g}", f"{share:.0%}"
+        tiles = f"{case.shape.tile_efficiency(case.load):.0%}" if name in (OURS, "grouped_linear") else ""
+        speed = f"{flops / both / 1e12:.3g}", f"{share:.0%}", tiles
         rows.append((name, *case.words, f"{forward * 1e3:.2f}", f"{backward * 1e3:.2f}", *ratios, *speed, *memory))
     return rows
-
-
-def speed_ratios(ours: Sequence[MoeAnswer], peer: Sequence[MoeAnswer]) -> tuple[float, ...]:
-    """Return how many times as fast we are, forward, backward and both: the median of the ratios inside a round."""
-    pairs = [(_seconds(a), _seconds(b)) for a, b in zip(ours, peer, strict=True)]
-    return tuple(statistics.median(b[part] / a[part] for a, b in pairs) for part in range(3))
-
-
-def _seconds(answer: MoeAnswer) -> tuple[float, float, float]:
-    """Medians of a round: forward, backward, both."""
-    both = [forward + backward for forward, backward in zip(answer.forward, answer.backward, strict=True)]
-    return statistics.median(answer.forward), statistics.median(answer.backward), statistics.median(both)
 
 
 def _notes(settings: MoeBenchSettings, device: str, measured: Sequence[tuple[Case, Rounds]]) -> tuple[str, ...]:
@@ -186,10 +177,13 @@ def _notes(settings: MoeBenchSettings, device: str, measured: Sequence[tuple[Cas
         f"{kind}; from tokens, routes and weights to the gradients of tokens, weights and experts, without the gate",
         f"a process a contender, {settings.rounds} alternating rounds of {settings.steps} passes after "
         f"{settings.warmup} to warm up, medians; `sigmoe is`: median of the ratios inside each round",
-        "grouped_mm, eager: transformers' experts, a composite of torch's grouped product and a loop; dense: one "
-        "expert for all rows, no routing, equal flops",
+        "grouped_linear: sigmoe's own permute, grouped products and combine, one by one; grouped_mm, eager: "
+        "transformers' experts, a composite of torch's grouped product and a loop; dense: one expert for all rows, no "
+        "routing, equal flops",
         "TFLOP/s of forward and backward, 18 T K D F flops; limit: of them at the rate of a square product, or of what "
         "must be read and written at the rate of a copy, in the same round",
+        f"tiles: rows over those of the blocks of {BLOCK_ROWS} that Triton's products take on a GPU, R / sum over "
+        f"experts of ceil(n / {BLOCK_ROWS}) * {BLOCK_ROWS}: the load's figure, and torch's backend has no such blocks",
         f"in these rounds a square product reached {min(matmul):.3g} to {max(matmul):.3g} TFLOP/s, a copy "
         f"{min(copy):.3g} to {max(copy):.3g} TB/s",
         "kept: what a forward keeps for its backward, weights aside; peak: on a GPU, beside inputs and weights",

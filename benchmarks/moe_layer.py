@@ -11,8 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels.backend import Backend
 from ..kernels.expert_mlp import moe_mlp
+from ..kernels.grouped import grouped_linear
+from ..kernels.grouped.op import BLOCK_ROWS
 from ..kernels.linear import linear
+from ..kernels.permute import combine, permute
 from ..kernels.positions import positions
 from ..kernels.swiglu import swiglu
 
@@ -48,8 +52,17 @@ class MoeShape:
         and their gradients, of experts that have rows.
         """
         T, D, F, R = self.tokens, self.dim, self.expert_dim, self.tokens * self.top_k
-        busy = int(torch.bincount(self.route(load).flatten()).count_nonzero())
+        busy = int(self.count(load).count_nonzero())
         return 6 * T * D + 4 * R * D + 14 * R * F + 9 * busy * D * F
+
+    def tile_efficiency(self, load: Load) -> float:
+        """Return how much of the blocks of Triton's products on a GPU is rows: each expert's last block is padded."""
+        blocks_E = -(-self.count(load) // BLOCK_ROWS)
+        return self.tokens * self.top_k / (int(blocks_E.sum()) * BLOCK_ROWS)
+
+    def count(self, load: Load) -> Tensor:
+        """Return the rows of each expert, int64 [E]."""
+        return torch.bincount(self.route(load).flatten(), minlength=self.experts)
 
     def route(self, load: Load) -> Tensor:
         """Return experts drawn without repetition, int64 [T, K].
@@ -110,10 +123,15 @@ def draw(shape: MoeShape, load: Load, device: torch.device, dtype: torch.dtype) 
 
 
 def build_layer(contender: str, inputs: Inputs) -> Layer:
-    """Return the layer of `contender`: sigmoe, dense (one expert for all rows), or a peer (`moe_peers.py`)."""
+    """Return the layer of `contender`: sigmoe, grouped_linear (ours in parts), dense (one expert for all rows), a peer.
+
+    The peers are in `moe_peers.py`.
+    """
     match contender:
         case "sigmoe":
             return Layer(forward=lambda: _sigmoe(inputs), leaves=inputs.leaves)
+        case "grouped_linear":
+            return Layer(forward=lambda: _in_parts(inputs), leaves=inputs.leaves)
         case "dense":
             return _dense(inputs)
     forward = importlib.import_module("..moe_peers", __name__).peer(contender, inputs)
@@ -121,9 +139,23 @@ def build_layer(contender: str, inputs: Inputs) -> Layer:
 
 
 def _sigmoe(inputs: Inputs) -> Tensor:
-    backend: Literal["torch", "triton"] = "triton" if inputs.x_TD.device.type == "cuda" else "torch"
+    backend = _backend(inputs)
     where = positions(inputs.expert_TK[None], inputs.gate_up_EGD.shape[0], backend=backend)
     return moe_mlp(inputs.x_TD, inputs.weight_TK, where, inputs.gate_up_EGD, inputs.down_EDF, backend=backend)
+
+
+def _in_parts(inputs: Inputs) -> Tensor:
+    """The same by the operations on sorted rows: permute, two grouped products with SwiGLU between them, combine."""
+    backend = _backend(inputs)
+    where = positions(inputs.expert_TK[None], inputs.gate_up_EGD.shape[0], backend=backend)
+    rows_RD = permute(inputs.x_TD, where, inputs.expert_TK.shape[1], backend=backend)
+    act_RF = swiglu(grouped_linear(rows_RD, where.count_E, inputs.gate_up_EGD, backend=backend))
+    rows_RD = grouped_linear(act_RF, where.count_E, inputs.down_EDF, backend=backend)
+    return combine(rows_RD, inputs.weight_TK, where, backend=backend)
+
+
+def _backend(inputs: Inputs) -> Backend:
+    return "triton" if inputs.x_TD.device.type == "cuda" else "torch"
 
 
 def _dense(inputs: Inputs) -> Layer:

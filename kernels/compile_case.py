@@ -11,6 +11,7 @@ class CompileCase:
 
     `signature`: Triton's names of types by argument: `*fp32` a pointer (16-byte aligned), `i32` an integer, `i32:16`
     one that is a multiple of 16. `constants`: the rest of the arguments. `is_product`: it must use the tensor cores.
+    `architectures`: the compute capabilities that it is for. `may_spill`: its spills are reported, and no fault.
     """
 
     name: str
@@ -20,3 +21,5 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     is_product: bool = False
+    architectures: range = range(80, 1000)
+    may_spill: bool = False

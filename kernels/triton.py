@@ -10,7 +10,7 @@ import triton.language as tl
 @triton.jit
 def offset(row, stride):
     """Return `row * stride` in int64: in int32 a tensor of more than 2^31 elements would be addressed wrongly."""
-    return row.to(tl.int64) * stride
+    return tl.cast(row, tl.int64) * stride
 
 
 def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..benchmarks.attention import AttentionBenchSettings
+from ..benchmarks.attention import run_suite as run_attention
 from ..benchmarks.compile import CompileSettings
 from ..benchmarks.compile import run_suite as run_compile
 from ..benchmarks.exactness import ExactnessSettings
@@ -14,8 +16,12 @@ from ..benchmarks.expert_parallel import ExpertParallelSettings
 from ..benchmarks.expert_parallel import run_suite as run_expert_parallel
 from ..benchmarks.generate import GenerateBenchSettings
 from ..benchmarks.generate import run_suite as run_generate
+from ..benchmarks.loss import LossBenchSettings
+from ..benchmarks.loss import run_suite as run_loss
 from ..benchmarks.moe import MoeBenchSettings
 from ..benchmarks.moe import run_suite as run_moe
+from ..benchmarks.norm import NormBenchSettings
+from ..benchmarks.norm import run_suite as run_norm
 from ..benchmarks.prune import PruneBenchSettings
 from ..benchmarks.prune import run_suite as run_prune
 from ..benchmarks.prune_quality import PruneQualitySettings
@@ -51,6 +57,9 @@ class BenchCommand:
         "save",
         "compile",
         "moe",
+        "norm",
+        "loss",
+        "attention",
     ]
     train: TrainBenchSettings
     tokenize: TokenizeBenchSettings
@@ -63,6 +72,9 @@ class BenchCommand:
     save: SaveBenchSettings
     compile: CompileSettings
     moe: MoeBenchSettings
+    norm: NormBenchSettings
+    loss: LossBenchSettings
+    attention: AttentionBenchSettings
     out: str | None = None
 
 
@@ -93,6 +105,12 @@ def run(config: Mapping[str, object]) -> None:
                 measured = run_compile(command.compile, progress)
             case "moe":
                 measured = run_moe(command.moe, progress)
+            case "norm":
+                measured = run_norm(command.norm, progress)
+            case "loss":
+                measured = run_loss(command.loss, progress)
+            case "attention":
+                measured = run_attention(command.attention, progress)
     show(measured)
     if command.out is not None:
         for path in keep(measured, Path(command.out)):

@@ -10,8 +10,8 @@ from ..kernels.backend import TORCH, VERIFIED, Backends, resolve
 from ..moe.config import ModelConfig
 
 Kernels = Literal["auto", "torch", "triton"]
-# What the Triton kernels of attention, norm and QK-norm take.
-_MOST_HEAD_WIDTH, _MOST_DIM, _MOST_QK_NORM = 256, 16384, 8192
+# What the Triton kernels of attention, norm, QK-norm and gate take; to import those takes Triton.
+MOST_HEAD_WIDTH, MOST_DIM, MOST_QK_NORM, MOST_CHOICES, MOST_EXPERTS = 256, 16384, 8192, 16, 4096
 
 
 def choose_backends(
@@ -51,13 +51,16 @@ def _check(model: ModelConfig, precision: str, device: torch.device, expert_tp: 
             "processes of an expert: choose another, set parallel.etp=1, or use kernels=torch"
         )
     normed = model.num_heads * model.head_width if model.qk_norm == "width" else 0
+    experts = max(model.gated_experts, default=0) if model.router.name == "top_k" else 0
     for name, size, most in (
-        ("dim", model.dim, _MOST_DIM),
-        ("head_dim", model.head_width, _MOST_HEAD_WIDTH),
-        ("qk_norm=width, heads x head_dim", normed, _MOST_QK_NORM),
+        ("model.dim", model.dim, MOST_DIM),
+        ("model.head_dim", model.head_width, MOST_HEAD_WIDTH),
+        ("model.qk_norm=width, heads x head_dim", normed, MOST_QK_NORM),
+        ("router.top_k", model.router.top_k, MOST_CHOICES),
+        ("router.num_experts", experts, MOST_EXPERTS),
     ):
         if size > most:
-            raise ValueError(f"model.{name}={size}: kernels=triton takes up to {most}, or use kernels=torch")
+            raise ValueError(f"{name}={size}: kernels=triton takes up to {most}, or use kernels=torch")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "kernels=triton needs a GPU; on a CPU its kernels run in Triton's interpreter alone, which is slow: "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import attention, cached_attention
+from ..kernels.backend import TORCH, Backend, Backends
 from ..kernels.linear import linear, linear_forward, packed
 from ..kernels.rope import rope, rotate
 from .cache import CacheStep, KeyValueCache
@@ -16,22 +17,22 @@ from .config import ModelConfig
 class QKNorm(nn.Module):
     """Norms queries or keys, each head or the whole width, and rotates them: one operation."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, backend: Backend = "torch") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.backend = eps, backend
 
     def forward(self, x_BSHC: Tensor, position_BS: Tensor, theta: float) -> Tensor:
         """Norm, then rotate by position."""
-        return rope(x_BSHC, position_BS, theta, norm_weight=self.weight, eps=self.eps)
+        return rope(x_BSHC, position_BS, theta, norm_weight=self.weight, eps=self.eps, backend=self.backend)
 
 
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions, optional QK-norm and sliding window."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backends: Backends = TORCH) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.backends = config, layer, backends
         queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
         self.q_proj = nn.Linear(config.dim, queries, bias=False)
         self.k_proj = nn.Linear(config.dim, keys, bias=False)
@@ -39,8 +40,8 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.dim, bias=False)
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
-            self.q_norm = QKNorm(config.head_width if per_head else queries, config.norm_eps)
-            self.k_norm = QKNorm(config.head_width if per_head else keys, config.norm_eps)
+            self.q_norm = QKNorm(config.head_width if per_head else queries, config.norm_eps, backends.rope)
+            self.k_norm = QKNorm(config.head_width if per_head else keys, config.norm_eps, backends.rope)
         self.qkv: Tensor | None = None  # the first three weights in one, once they are packed
 
     def forward(self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor) -> Tensor:
@@ -51,12 +52,13 @@ class SelfAttention(nn.Module):
         k_BSGC = linear(x_BSD, self.k_proj.weight).view(shape)
         v_BSGC = linear(x_BSD, self.v_proj.weight).view(shape)
         if config.qk_norm == "none":
-            q_BSHC = rope(q_BSHC, position_BS, config.rope_theta)
-            k_BSGC = rope(k_BSGC, position_BS, config.rope_theta)
+            q_BSHC = rope(q_BSHC, position_BS, config.rope_theta, backend=self.backends.rope)
+            k_BSGC = rope(k_BSGC, position_BS, config.rope_theta, backend=self.backends.rope)
         else:
             q_BSHC = self.q_norm(q_BSHC, position_BS, config.rope_theta)
             k_BSGC = self.k_norm(k_BSGC, position_BS, config.rope_theta)
-        out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, start_BS, window=config.sliding_window)
+        window, backend = config.sliding_window, self.backends.attention
+        out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, start_BS, window=window, backend=backend)
         return linear(out_BSHC.flatten(2), self.o_proj.weight)
 
     def extend(self, x_BSD: Tensor, step: CacheStep, cache: KeyValueCache) -> Tensor:
@@ -74,10 +76,13 @@ class SelfAttention(nn.Module):
                 for x_BSHC, norm in zip(torch.split(qk_BSHC, heads, dim=2), self._norms())
             )
         cache.store(self.layer, k_BSGC, v_BSGC)
-        if step.first is None:
-            out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, step.start_BS, window=config.sliding_window)
+        backend = self.backends.attention
+        if step.sight is None:
+            window = config.sliding_window
+            out_BSHC = attention(q_BSHC, k_BSGC, v_BSGC, step.start_BS, window=window, backend=backend)
         else:
-            out_BSHC = cached_attention(q_BSHC, *cache.stored(self.layer, step.first, length), step.bias_B1SJ)
+            kept = cache.stored(self.layer, step.sight.first, length)
+            out_BSHC = cached_attention(q_BSHC, *kept, step.sight, backend=backend)
         return linear_forward(out_BSHC.reshape(batch * length, -1), self.o_proj.weight).view_as(x_BSD)
 
     def pack(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.attention import cached_bias
+from ..kernels.attention import Sight
 from ..kernels.rope import rotation
 from .config import ModelConfig
 
@@ -21,8 +21,7 @@ class CacheStep:
     goes_on: bool  # whether every sequence goes on in the document that it ends in
     cos_BS1Z: Tensor
     sin_BS1Z: Tensor
-    first: int | None  # the earliest position that any query sees; None: nothing is in the cache yet
-    bias_B1SJ: Tensor | None  # over the positions from `first` on; None: every query sees all of them
+    sight: Sight | None  # of the positions that any query sees; None: nothing is in the cache yet
 
 
 class KeyValueCache:
@@ -78,21 +77,24 @@ class KeyValueCache:
         if start_BS is None:
             start_BS = self.start_B[:, None].expand(-1, num_new)
         position_BS = torch.arange(self.length, self.length + num_new, device=start_BS.device) - start_BS
-        first, bias_B1SJ = None, None
+        sight = None
         if self.length > 0:
             first = 0 if window is None else max(0, self.length - window + 1)
-            # A single token sees all from `first` on but padding; to know that saves looking for what is hidden.
-            latest = self._latest_start if goes_on else int(start_BS.max())
-            if num_new > 1 or latest > first:
-                dtype = self._layers[0].dtype
-                bias_B1SJ = cached_bias(start_BS, first, self.length + num_new - first, window, dtype)
+            sight = Sight(
+                start_BS=start_BS,
+                first=first,
+                num_keys=self.length + num_new - first,
+                window=window,
+                dtype=self._layers[0].dtype,
+                # A single token sees all from `first` on but padding; to know that saves looking for what is hidden.
+                sees_all=num_new == 1 and goes_on and self._latest_start <= first,
+            )
         return CacheStep(
             start_BS=start_BS,
             goes_on=goes_on,
             cos_BS1Z=self._cos_JZ[position_BS].unsqueeze(2),
             sin_BS1Z=self._sin_JZ[position_BS].unsqueeze(2),
-            first=first,
-            bias_B1SJ=bias_B1SJ,
+            sight=sight,
         )
 
     def advance(self, step: CacheStep) -> None:

@@ -46,14 +46,15 @@ class GroupedExperts(nn.Module):
 class DenseFFN(nn.Module):
     """SwiGLU feed-forward: `gate_up` [2F, D] (gate rows first) and `down` [D, F]."""
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, backend: Backend = "torch") -> None:
         super().__init__()
+        self.backend = backend
         self.gate_up = nn.Parameter(torch.empty(2 * ffn_dim, dim))
         self.down = nn.Parameter(torch.empty(dim, ffn_dim))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Apply the feed-forward to every token."""
-        return linear(swiglu(linear(x_BSD, self.gate_up)), self.down)
+        return linear(swiglu(linear(x_BSD, self.gate_up), backend=self.backend), self.down)
 
     def extend(self, x_BSD: Tensor) -> Tensor:
         """Apply the feed-forward to every token; no autograd."""

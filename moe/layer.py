@@ -6,8 +6,8 @@ Shape letters: B sequences, S positions, D model width.
 import torch
 from torch import Tensor, nn
 
-from ..kernels.backend import TORCH, Backends
-from ..kernels.norm import rms_norm
+from ..kernels.backend import TORCH, Backend, Backends
+from ..kernels.norm import add_rms_norm, rms_norm
 from .attention import SelfAttention
 from .cache import CacheStep, KeyValueCache
 from .config import ModelConfig, num_experts
@@ -21,14 +21,18 @@ from .routing import Routing, RoutingContext, RoutingStats
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight; fp32 statistics (Zhang and Sennrich 2019)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, backend: Backend = "torch") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
+        self.eps, self.backend = eps, backend
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x_BSD, self.weight, self.eps)
+        return rms_norm(x_BSD, self.weight, self.eps, backend=self.backend)
+
+    def after(self, x_BSD: Tensor, branch_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual sum `x + branch`, and its norm."""
+        return add_rms_norm(x_BSD, branch_BSD, self.weight, self.eps, backend=self.backend)
 
 
 class MoELayer(nn.Module):
@@ -75,21 +79,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, registry: DomainRegistry, layer: int, backends: Backends = TORCH) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = SelfAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps, backends.norm)
+        self.self_attn = SelfAttention(config, layer, backends)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps, backends.norm)
         self.is_sparse = layer in config.sparse_layer_ids
         if self.is_sparse:
             self.block_sparse_moe = MoELayer(config, registry, layer, backends)
         else:
-            self.mlp = DenseFFN(config.dim, config.dense_dim)
+            self.mlp = DenseFFN(config.dim, config.dense_dim, backends.swiglu)
 
     def forward(
         self, x_BSD: Tensor, start_BS: Tensor, position_BS: Tensor, context: RoutingContext
     ) -> tuple[Tensor, RoutingStats | None]:
         """Return the block's output, and its routing where it is sparse."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), start_BS, position_BS)
-        normed_BSD = self.post_attention_layernorm(x_BSD)
+        branch_BSD = self.self_attn(self.input_layernorm(x_BSD), start_BS, position_BS)
+        x_BSD, normed_BSD = self.post_attention_layernorm.after(x_BSD, branch_BSD)
         if not self.is_sparse:
             return x_BSD + self.mlp(normed_BSD), None
         out_BSD, stats = self.block_sparse_moe(normed_BSD, context)
@@ -97,8 +101,8 @@ class Block(nn.Module):
 
     def extend(self, x_BSD: Tensor, step: CacheStep, context: RoutingContext, cache: KeyValueCache) -> Tensor:
         """Return the block's output for tokens that follow those in `cache`."""
-        x_BSD = x_BSD + self.self_attn.extend(self.input_layernorm(x_BSD), step, cache)
-        normed_BSD = self.post_attention_layernorm(x_BSD)
+        branch_BSD = self.self_attn.extend(self.input_layernorm(x_BSD), step, cache)
+        x_BSD, normed_BSD = self.post_attention_layernorm.after(x_BSD, branch_BSD)
         if self.is_sparse:
             return x_BSD + self.block_sparse_moe.extend(normed_BSD, context)
         return x_BSD + self.mlp.extend(normed_BSD)

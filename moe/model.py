@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = Slots(config.num_slots, config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, registry, layer, backends) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, backends.norm)
 
     def forward(
         self, x_BSD: Tensor, start_BS: Tensor, context: RoutingContext
@@ -89,7 +89,8 @@ class Transformer(nn.Module):
     """Decoder-only language model with dense and sparse layers.
 
     Weights are empty after construction: `initialize` draws them, or a checkpoint fills them. `vocabulary` may be
-    replaced by one that spans processes. `backends` says which implementations training's forward and backward run.
+    replaced by one that spans processes. `backends` says which implementations run; in generation, of norms and
+    attention alone.
     """
 
     def __init__(self, config: ModelConfig, registry: DomainRegistry, backends: Backends = TORCH) -> None:
@@ -97,7 +98,7 @@ class Transformer(nn.Module):
         check_registry(config, registry)
         self.config, self.registry = config, registry
         self.model = Decoder(config, registry, backends)
-        self.vocabulary: Vocabulary = LocalVocabulary()
+        self.vocabulary: Vocabulary = LocalVocabulary(backends.linear_cross_entropy)
         if not config.tie_embeddings:
             self.lm_head = Slots(config.num_slots, config.vocab_size, config.dim)
 

@@ -23,7 +23,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh) -> None:
     axis = mesh.tp
     if axis.size == 1:
         return
-    model.vocabulary = VocabularyParallel(axis, model.config.vocab_size)
+    model.vocabulary = VocabularyParallel(axis, model.config.vocab_size, model.vocabulary.backend)
     for module in model.modules():
         apply = PRODUCTS.get(type(module))
         if apply is not None:
@@ -58,11 +58,12 @@ class HeadNorm(QKNorm):
 
     def __init__(self, norm: QKNorm, axis: Axis) -> None:
         nn.Module.__init__(self)
-        self.weight, self.eps, self.axis = norm.weight, norm.eps, axis
+        self.weight, self.eps, self.backend, self.axis = norm.weight, norm.eps, norm.backend, axis
 
     def forward(self, x_BSHC: Tensor, position_BS: Tensor, theta: float) -> Tensor:
         """Norm, then rotate by position."""
-        return rope(x_BSHC, position_BS, theta, norm_weight=copy(self.weight, self.axis), eps=self.eps)
+        weight = copy(self.weight, self.axis)
+        return rope(x_BSHC, position_BS, theta, norm_weight=weight, eps=self.eps, backend=self.backend)
 
 
 class WidthNorm(HeadNorm):
@@ -77,4 +78,4 @@ class WidthNorm(HeadNorm):
         square_BS11 = copy(reduce(here_BSHC.square().sum((2, 3), keepdim=True), self.axis), self.axis)
         scale_BS11 = (square_BS11 / (heads * width * self.axis.size) + self.eps).rsqrt()
         normed_BSHC = here_BSHC * scale_BS11 * self.weight.to(wide).view(heads, width)
-        return rope(normed_BSHC.to(x_BSHC.dtype), position_BS, theta)
+        return rope(normed_BSHC.to(x_BSHC.dtype), position_BS, theta, backend=self.backend)

@@ -9,6 +9,7 @@ Shape letters: B sequences, S positions, T tokens, D model width, V vocabulary, 
 from torch import Tensor, distributed
 from torch.nn import functional
 
+from ..kernels.backend import Backend
 from ..kernels.linear import linear
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .collectives import all_reduce, gather_columns
@@ -19,8 +20,8 @@ from .mesh import Axis
 class VocabularyParallel:
     """See `moe.vocabulary.Vocabulary`. It is the `ColumnShard` of the head as well."""
 
-    def __init__(self, axis: Axis, vocab_size: int) -> None:
-        self.axis, self.vocab_size = axis, vocab_size
+    def __init__(self, axis: Axis, vocab_size: int, backend: Backend = "torch") -> None:
+        self.axis, self.vocab_size, self.backend = axis, vocab_size, backend
         self.num_columns = -(-vocab_size // axis.size)
         self.first = min(axis.rank * self.num_columns, vocab_size)
         self.num_real = min(self.num_columns, vocab_size - self.first)
@@ -38,7 +39,8 @@ class VocabularyParallel:
 
     def cross_entropy(self, x_TD: Tensor, weight_VD: Tensor, label_T: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce maxima, sums of exponentials and labels' logits, a chunk of tokens at a time."""
-        return linear_cross_entropy(copy(x_TD, self.axis), weight_VD[: self.num_real], label_T, shard=self)
+        here_VD = weight_VD[: self.num_real]
+        return linear_cross_entropy(copy(x_TD, self.axis), here_VD, label_T, shard=self, backend=self.backend)
 
     def maximum(self, x_N: Tensor) -> Tensor:
         """See `ColumnShard`."""

@@ -1,6 +1,6 @@
 """Causal grouped-query attention over packed documents, and over kept keys and values."""
 
-from .cached import cached_attention, cached_bias
+from .cached import Sight, cached_attention
 from .op import attention
 
-__all__ = ["attention", "cached_attention", "cached_bias"]
+__all__ = ["Sight", "attention", "cached_attention"]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backend import Backend
+
 _QUERY_BLOCK = 64
 
 
@@ -37,12 +39,14 @@ def attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    backend: Backend = "torch",
 ) -> torch.Tensor:
     """Softmax attention; query i sees key j where `start[i] <= j <= i` and, with a window, `i - j < window`.
 
     q_BSHC [B, S, H, C]; k_BSGC and v_BSGC [B, S, G, C] of the same dtype, G dividing H; start_BS int64 [B, S], the
     first position of each token's document inside its sequence; scale defaults to C**-0.5. Scores and sums are fp32.
-    Returns [B, S, H, C] in q's dtype. Raises ValueError if G does not divide H or the window is below 1.
+    Returns [B, S, H, C] in q's dtype. Raises ValueError if G does not divide H, the window is below 1, or for what
+    Triton does not do: fp64, heads wider than 256, a scale that is not positive.
     """
     H, C = q_BSHC.shape[2:]
     G = k_BSGC.shape[2]
@@ -52,11 +56,41 @@ def attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1 (the token itself) or None, not {window}")
+    scale = C**-0.5 if scale is None else scale
+    if backend == "triton":
+        return _triton_attention(q_BSHC, k_BSGC, v_BSGC, start_BS, window, scale)
     wide = torch.promote_types(q_BSHC.dtype, torch.float32)
     inputs = (q_BSHC.to(wide), k_BSGC.to(wide), v_BSGC.to(wide))
-    scale = C**-0.5 if scale is None else scale
     out_BSHC: torch.Tensor = _Attention.apply(*inputs, start_BS, _blocks(start_BS, window), scale)  # type: ignore[no-untyped-call]
     return out_BSHC.to(q_BSHC.dtype)
+
+
+def _triton_attention(
+    q_BSHC: torch.Tensor,
+    k_BSGC: torch.Tensor,
+    v_BSGC: torch.Tensor,
+    start_BS: torch.Tensor,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    from .triton import attention_forward
+
+    check_triton(q_BSHC, scale)
+    out_BSHC: torch.Tensor = attention_forward(q_BSHC, k_BSGC, v_BSGC, start_BS, window, scale)[0]
+    return out_BSHC
+
+
+def check_triton(q_BSHC: torch.Tensor, scale: float) -> None:
+    """Raise ValueError for what Triton's attention does not do."""
+    from .triton import MOST_WIDTH
+
+    if q_BSHC.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q_BSHC.shape[-1] > MOST_WIDTH:
+        raise ValueError(
+            f"the Triton attention takes fp32, bf16 and fp16 and heads up to {MOST_WIDTH} wide, got {q_BSHC.dtype} and "
+            f"{q_BSHC.shape[-1]}: use kernels=torch"
+        )
+    if scale <= 0:
+        raise ValueError(f"the Triton attention takes a positive scale, got {scale}: use kernels=torch")
 
 
 class _Attention(torch.autograd.Function):

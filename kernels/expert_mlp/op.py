@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backend import Backend
+from ..grouped.op import check_for_triton, checked_counts
 from ..linear import padded, padded_size, product
 from ..permute import combine, permute
 from ..positions import Positions
@@ -35,9 +36,7 @@ def expert_mlp(
     """
     if backend == "triton":
         return _triton_mlp(rows_RD, None, None, count_E, gate_up_EGD, down_EDF)
-    counts = count_E.tolist()
-    if sum(counts) != rows_RD.shape[0]:
-        raise ValueError(f"expert_mlp: counts add up to {sum(counts)} rows, but {rows_RD.shape[0]} were given")
+    counts = checked_counts(count_E, rows_RD)
     return _ExpertMlp.apply(rows_RD, counts, gate_up_EGD, down_EDF)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -71,14 +70,9 @@ def _triton_mlp(
 ) -> torch.Tensor:
     from .triton import expert_mlp_forward
 
-    for name, size in (("D", down_EDF.shape[1]), ("F", down_EDF.shape[2])):
-        if size % 16:
-            raise ValueError(f"the Triton experts take {name} as a multiple of 16, not {size}: use kernels=torch")
-    dtypes = {x_TD.dtype, gate_up_EGD.dtype, down_EDF.dtype}
-    if len(dtypes) > 1 or x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the Triton experts take fp32, bf16 or fp16 throughout, not {dtypes}: use kernels=torch")
-    row_TK, source_R = (None, None) if where is None else (where.row_TK, where.source_R)
-    out: torch.Tensor = expert_mlp_forward(x_TD, weight_TK, row_TK, source_R, count_E, gate_up_EGD, down_EDF)[0]
+    check_for_triton(x_TD, gate_up_EGD, down_EDF, D=down_EDF.shape[1], F=down_EDF.shape[2])
+    row_TK, source_N = (None, None) if where is None else (where.row_TK, where.source_N)
+    out: torch.Tensor = expert_mlp_forward(x_TD, weight_TK, row_TK, source_N, count_E, gate_up_EGD, down_EDF)[0]
     return out
 
 

@@ -6,8 +6,8 @@ rows, on whose way out the activation is remade; the down weights'; the rows'; t
 rows. Kept between them: what came in, the pre-activation, and where rows went. Nothing of R x D, no atomics, no word
 to the host.
 
-Shape letters: T tokens, R rows, D model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K
-top-k, C columns of blocks over F.
+Shape letters: T tokens, N routed pairs, R rows (with capacity fewer than N; what is made by rows is then N long), D
+model width, F expert hidden width, G = 2F (gate rows, then up rows), E experts, K top-k, C columns of blocks over F.
 """
 
 from collections.abc import Iterator
@@ -129,8 +129,9 @@ _SIZES: dict[str, object] = {"D": 2048, "F": 768}  # Qwen3-30B-A3B
 # By bytes of an element.
 _UP = {2: configs((4, 3), (4, 4), (2, 4)), 4: configs((2, 3), (2, 4))}
 _DOWN_BACKWARD = {2: configs((2, 3), (2, 4)), 4: configs((2, 3), (2, 4))}
-_up_by_size = {size: tuned(several, key=["D", "F"])(_up) for size, several in _UP.items()}
-_down_backward_by_size = {size: tuned(several, ["D", "F"])(_down_backward) for size, several in _DOWN_BACKWARD.items()}
+_KEY = ["D", "F", "GATHER"]  # fetched rows take other shared memory than those that stand
+_up_by_size = {size: tuned(several, _KEY)(_up) for size, several in _UP.items()}
+_down_backward_by_size = {size: tuned(several, _KEY)(_down_backward) for size, several in _DOWN_BACKWARD.items()}
 
 
 @torch.library.custom_op("sigmoe::expert_mlp", mutates_args=())
@@ -138,25 +139,25 @@ def expert_mlp_forward(
     x_TD: Tensor,
     weight_TK: Tensor | None,
     row_TK: Tensor | None,
-    source_R: Tensor | None,
+    source_N: Tensor | None,
     count_E: Tensor,
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return x_TD through the experts, and the hidden rows.
 
-    With weight_TK (fp32), row_TK and source_R, all or none of them, rows are fetched and a token's rows summed; else
+    With weight_TK (fp32), row_TK and source_N, all or none of them, rows are fetched and a token's rows summed; else
     x_TD is the rows.
     """
     x_TD, gate_up_EGD, down_EDF = x_TD.contiguous(), gate_up_EGD.contiguous(), down_EDF.contiguous()
-    R, (D, F) = (x_TD if source_R is None else source_R).shape[0], down_EDF.shape[1:]
+    R, (D, F) = (x_TD if source_N is None else source_N).shape[0], down_EDF.shape[1:]
     hidden_RG, act_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     if R == 0:
         return torch.zeros_like(x_TD), hidden_RG
     work_L4, _ = list_blocks(count_E, x_TD, R)
     _up_by_size[x_TD.element_size()][tiles_of(work_L4, 2 * F)](
-        x_TD, source_R, gate_up_EGD, work_L4, hidden_RG, act_RF,
-        D=D, F=F, K=_top_k(row_TK), GATHER=source_R is not None, **blocks_of(x_TD),
+        x_TD, source_N, gate_up_EGD, work_L4, hidden_RG, act_RF,
+        D=D, F=F, K=_top_k(row_TK), GATHER=source_N is not None, **blocks_of(x_TD),
     )  # fmt: skip
     rows_RD = multiply(act_RF, down_EDF, work_L4)
     return rows_RD if row_TK is None else combine_forward(rows_RD, weight_TK, row_TK), hidden_RG
@@ -167,12 +168,12 @@ def _empty(
     x_TD: Tensor,
     weight_TK: Tensor | None,
     row_TK: Tensor | None,
-    source_R: Tensor | None,
+    source_N: Tensor | None,
     count_E: Tensor,
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    R = x_TD.shape[0] if source_R is None else source_R.shape[0]
+    R = x_TD.shape[0] if source_N is None else source_N.shape[0]
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(R, gate_up_EGD.shape[1])
 
 
@@ -186,7 +187,7 @@ def expert_mlp_backward(
     x_TD: Tensor,
     weight_TK: Tensor | None,
     row_TK: Tensor | None,
-    source_R: Tensor | None,
+    source_N: Tensor | None,
     count_E: Tensor,
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
@@ -208,18 +209,18 @@ def expert_mlp_backward(
     dot_TKC = None if row_TK is None else x_TD.new_zeros(*row_TK.shape, columns, dtype=torch.float32)
     if R:
         _down_backward_by_size[x_TD.element_size()][tiles_of(work_L4, F)](
-            grad_TD, source_R, weight_TK, down_EDF, work_L4, hidden_RG, grad_RG, act_RF, dot_TKC,
-            D=D, F=F, K=K, GATHER=source_R is not None, **blocks,
+            grad_TD, source_N, weight_TK, down_EDF, work_L4, hidden_RG, grad_RG, act_RF, dot_TKC,
+            D=D, F=F, K=K, GATHER=source_N is not None, **blocks,
         )  # fmt: skip
     grad_x, grad_weight, grad_gate_up, grad_down = (x_TD.new_empty(0) for _ in range(4))
     if needs[2]:
-        grad_down = multiply_rows(grad_TD, act_RF, end_E, source_R, K, gather="left")
+        grad_down = multiply_rows(grad_TD, act_RF, end_E, source_N, K, gather="left")
     del act_RF
     if needs[0]:
         grad_x = multiply(grad_RG, gate_up_EGD, work_L4, transposed=True)
         grad_x = grad_x if row_TK is None else combine_forward(grad_x, None, row_TK)
     if needs[1]:
-        grad_gate_up = multiply_rows(grad_RG, x_TD, end_E, source_R, K, gather="right")
+        grad_gate_up = multiply_rows(grad_RG, x_TD, end_E, source_N, K, gather="right")
     if dot_TKC is not None:
         grad_weight = dot_TKC.sum(-1)
     return grad_x, grad_weight, grad_gate_up, grad_down
@@ -231,7 +232,7 @@ def _empty_gradients(
     x_TD: Tensor,
     weight_TK: Tensor | None,
     row_TK: Tensor | None,
-    source_R: Tensor | None,
+    source_N: Tensor | None,
     count_E: Tensor,
     gate_up_EGD: Tensor,
     down_EDF: Tensor,

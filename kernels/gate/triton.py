@@ -183,7 +183,7 @@ def _look_up(
 
 
 def _blocks(E: int, device: torch.device) -> dict[str, int]:
-    """Tokens and columns of a tile: 2048 elements at the most, so that its keys stay in the registers of four warps."""
+    """Tokens and columns of a tile: a token, or 2048 elements, whose keys stay in the registers of four warps."""
     block_E = max(triton.next_power_of_2(E), 2)
     block_S = min(max(2048 // block_E, 1), 32) if device.type == "cuda" else 8
     return {"BLOCK_S": block_S, "BLOCK_E": block_E}
@@ -193,7 +193,7 @@ def _choices(K: int) -> int:
     return max(triton.next_power_of_2(K), 2)
 
 
-_MOST_STEPS = 8  # tiles of a program: the partial sums are a fiftieth of the logits' bytes and less
+_MOST_STEPS = 8  # tiles of a program: with up to 128 experts its partial sums are a sixtieth of its logits' bytes
 _BLOCK_P = 32
 
 
@@ -202,7 +202,7 @@ def gate_forward(
     logits_BSE: Tensor, bias_E: Tensor | None, top_k: int, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return `Gate`'s five tensors and lse_BS; fp32 logits, fp32 bias."""
-    logits_BSE = logits_BSE.contiguous()
+    logits_BSE, bias_E = logits_BSE.contiguous(), None if bias_E is None else bias_E.contiguous()
     expert_BSK, weight_BSK, count_BE, prob_BE, z_B, lse_BS = _empty(logits_BSE, bias_E, top_k, renormalize)
     B, S, E = logits_BSE.shape
     if B * S == 0:
@@ -268,6 +268,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     expert_BSK, weight_BSK, _, _, _, lse_BS = output
     ctx.save_for_backward(inputs[0], lse_BS, expert_BSK, weight_BSK)
     ctx.renormalize = inputs[3]
+    ctx.mark_non_differentiable(lse_BS)
 
 
 def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -291,8 +292,8 @@ def table_gate_forward(
         block_S = 1024 if token_BS.is_cuda else 16
         P = triton.cdiv(S, block_S)
         _look_up[(B * P,)](
-            token_BS.contiguous(), domain_B, table_NV.contiguous(), sets_NM.contiguous(), expert_BS, count_BE,
-            S, P, V, M, E=num_experts, BLOCK_S=block_S, BLOCK_E=max(triton.next_power_of_2(num_experts), 2),
+            token_BS.contiguous(), domain_B.contiguous(), table_NV.contiguous(), sets_NM.contiguous(), expert_BS,
+            count_BE, S, P, V, M, E=num_experts, BLOCK_S=block_S, BLOCK_E=max(triton.next_power_of_2(num_experts), 2),
         )  # fmt: skip
     return expert_BS, count_BE
 

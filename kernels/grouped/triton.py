@@ -6,11 +6,13 @@ and never waits. Neighbours in the list take the same columns in turn, so that r
 
 Products are summed in fp32, in one order under every configuration; fp32 factors are split in three of tf32.
 
-Shape letters: R rows, E experts, N columns of the answer, D depth, L blocks of rows at the most, K top-k.
+Shape letters: R rows (after the experts' others may follow, which nothing reads), E experts, N columns of the answer,
+D depth, L blocks of rows at the most, K top-k.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from ..compile_case import CompileCase
 from ..triton import offset, tuned
+from .op import BLOCK_ROWS
 
 _GROUP = tl.constexpr(8)  # blocks of rows that take the same columns in turn
 
@@ -136,11 +139,15 @@ def configs(*pairs: tuple[int, int]) -> list[triton.Config]:
     return [triton.Config({"SPAN": span}, num_warps=8, num_stages=stages) for span, stages in pairs]
 
 
-# By bytes of an element; in fp32 wider columns spill. A load of addresses costs the rows' product half its stages.
+# By bytes of an element; in fp32 wider columns spill. Stages of the rows' product: fetching halves their shared memory,
+# so that five fit where rows are fetched, and four where they stand (a GPU tries what fits).
 _MULTIPLY = {2: configs((4, 3), (4, 4), (2, 4)), 4: configs((2, 3), (2, 4))}
-_MULTIPLY_ROWS = {2: configs((4, 5), (4, 3), (2, 5)), 4: configs((2, 5), (2, 3))}
+_MULTIPLY_ROWS = {2: configs((4, 5), (4, 4), (2, 5)), 4: configs((2, 5), (2, 3))}
 _multiply_by_size = {size: tuned(several, ["D", "N", "TRANSPOSED"])(_multiply) for size, several in _MULTIPLY.items()}
-_multiply_rows_by_size = {size: tuned(several, ["D", "N"])(_multiply_rows) for size, several in _MULTIPLY_ROWS.items()}
+_multiply_rows_by_size = {
+    size: tuned(several, ["D", "N", "GATHER_LEFT", "GATHER_RIGHT"])(_multiply_rows)
+    for size, several in _MULTIPLY_ROWS.items()
+}
 
 
 def blocks_of(x: Tensor) -> dict[str, int]:
@@ -150,7 +157,7 @@ def blocks_of(x: Tensor) -> dict[str, int]:
 
 def gpu_blocks(itemsize: int) -> dict[str, int]:
     """`blocks_of` a tensor of such elements on a GPU."""
-    return {"BLOCK_M": 128, "BLOCK_K": 128 // itemsize}
+    return {"BLOCK_M": BLOCK_ROWS, "BLOCK_K": 128 // itemsize}
 
 
 def list_blocks(count_E: Tensor, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -207,6 +214,57 @@ def multiply_rows(
     return out_END
 
 
+@torch.library.custom_op("sigmoe::grouped_linear", mutates_args=())
+def grouped_linear_forward(rows_RD: Tensor, count_E: Tensor, weight_END: Tensor) -> Tensor:
+    """Return each row times its expert's weight."""
+    rows_RD = rows_RD.contiguous()
+    work_L4, _ = list_blocks(count_E, rows_RD, rows_RD.shape[0])
+    return multiply(rows_RD, weight_END.contiguous(), work_L4)
+
+
+@grouped_linear_forward.register_fake
+def _empty(rows_RD: Tensor, count_E: Tensor, weight_END: Tensor) -> Tensor:
+    return rows_RD.new_empty(rows_RD.shape[0], weight_END.shape[1])
+
+
+@torch.library.custom_op("sigmoe::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(
+    grad_RN: Tensor, rows_RD: Tensor, count_E: Tensor, weight_END: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rows_RD and weight_END; empty where not in `needs`."""
+    grad_RN = grad_RN.contiguous()
+    work_L4, end_E = list_blocks(count_E, grad_RN, grad_RN.shape[0])
+    grad_rows, grad_weight = grad_RN.new_empty(0), grad_RN.new_empty(0)
+    if needs[0]:
+        grad_rows = multiply(grad_RN, weight_END.contiguous(), work_L4, transposed=True)
+    if needs[1]:
+        grad_weight = multiply_rows(grad_RN, rows_RD.contiguous(), end_E, None, 1, gather="none")
+    return grad_rows, grad_weight
+
+
+@grouped_linear_backward.register_fake
+def _empty_gradients(
+    grad_RN: Tensor, rows_RD: Tensor, count_E: Tensor, weight_END: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    grad_rows, grad_weight = (
+        grad_RN.new_empty(x.shape if need else 0) for x, need in zip((rows_RD, weight_END), needs, strict=True)
+    )
+    return grad_rows, grad_weight
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    need_rows, _, need_weight = ctx.needs_input_grad
+    grad_rows, grad_weight = grouped_linear_backward(grad, *ctx.saved_tensors, [need_rows, need_weight])
+    return grad_rows if need_rows else None, None, grad_weight if need_weight else None
+
+
+grouped_linear_forward.register_autograd(_differentiate, setup_context=_save)
+
+
 def product_cases(
     name: str,
     kernel: triton.JITFunction,
@@ -236,7 +294,7 @@ def product_cases(
 def compile_cases() -> Iterator[CompileCase]:
     """Yield the list of blocks, and the products forward, back to the rows and back to the weights."""
     kinds = {"count": "*i64", "end": "*i64", "work": "*i32", "E": "i32", "L": "i32"}
-    constants = {"BLOCK_M": 128, "BLOCK_E": 64, "BLOCK_L": 64}
+    constants = {"BLOCK_M": BLOCK_ROWS, "BLOCK_E": 64, "BLOCK_L": 64}
     yield CompileCase(name="grouped list of blocks", kernel=_list_blocks, signature=kinds, constants=constants)
     forward, back = {"D": 768, "N": 2048, "TRANSPOSED": False}, {"D": 1536, "N": 2048, "TRANSPOSED": True}
     yield from product_cases("grouped product", _multiply, _MULTIPLY, forward)
@@ -245,3 +303,5 @@ def compile_cases() -> Iterator[CompileCase]:
         gathers: dict[str, object] = {"GATHER_LEFT": side == "left", "GATHER_RIGHT": side == "right"}
         sizes = {"N": N, "D": D, "K": 8} | gathers
         yield from product_cases(f"grouped rows, {side} fetched", _multiply_rows, _MULTIPLY_ROWS, sizes)
+    plain = {"N": 2048, "D": 768, "K": 1, "GATHER_LEFT": False, "GATHER_RIGHT": False, "source": None}
+    yield from product_cases("grouped rows", _multiply_rows, {2: _MULTIPLY_ROWS[2][1:2]}, plain)

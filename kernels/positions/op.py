@@ -20,7 +20,8 @@ def positions(
 
     expert_BSK int64 [B, S, K] in 0..num_experts-1; capacity_B int64 [B]: an expert takes at most capacity_B[b] pairs of
     sequence b, in token order, and the rest is dropped (row -1). Without capacity nothing is dropped and R = T*K.
-    Raises ValueError for more than 16384 experts with Triton.
+    With Triton the host does not wait: source_N is as long as all pairs, and under capacity has a tail. Raises
+    ValueError for more than 16384 experts with Triton.
     """
     if backend == "triton":
         return _triton_positions(expert_BSK, num_experts, capacity_B)
@@ -44,10 +45,7 @@ def _triton_positions(expert_BSK: torch.Tensor, num_experts: int, capacity_B: to
             f"the Triton positions take up to {MOST_EXPERTS} experts, got {num_experts}: use kernels=torch"
         )
     row_TK, source_N, count_E = order(expert_BSK, num_experts, capacity_B)
-    if capacity_B is None:
-        return Positions(row_TK, source_N, count_E)
-    # How many pairs capacity left is the one word that the host waits for: nothing is then computed for the others.
-    return Positions(row_TK, source_N[: int(count_E.sum())], count_E)
+    return Positions(row_TK, source_N, count_E, capacity_B is not None)
 
 
 def _within_capacity(sorted_N: torch.Tensor, sequence_N: torch.Tensor, capacity_B: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Expert-sorted row order in plain Python, and the shape of the answer.
 
-Shape letters: B sequences, S positions, T tokens (B*S), K top-k, E experts, R kept rows.
+Shape letters: B sequences, S positions, T tokens (B*S), K top-k, E experts, R kept rows, N as many or more.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,17 @@ class Positions(NamedTuple):
 
     row_TK: torch.Tensor
     """int64: row of each pair, -1 if it was dropped."""
-    source_R: torch.Tensor
-    """int64: the pair of each row, as `t * K + k`."""
+    source_N: torch.Tensor
+    """int64: the pair of each row, as `t * K + k`; what comes after row `count_E.sum()`, if anything, means nothing."""
     count_E: torch.Tensor
     """int64: rows of each expert."""
+    has_tail: bool = False
+    """Whether more than the rows may be in source_N."""
+
+    @property
+    def source_R(self) -> torch.Tensor:
+        """The pairs of the rows alone; with a tail the host waits to hear how many there are."""
+        return self.source_N[: int(self.count_E.sum())] if self.has_tail else self.source_N
 
 
 def positions_reference(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..backend import Backend
 from ..norm import rms_norm
 
 
@@ -17,28 +18,57 @@ def rope(
     *,
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    backend: Backend = "torch",
 ) -> torch.Tensor:
     """Optional RMSNorm of queries or keys, then rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
     x_BSHC [B, S, H, C], any float dtype; position_BS [B, S] integers; theta is the base of the frequencies
     `theta^(-2i/C)`; norm_weight [C] norms each head, [H*C] the whole width. Inside all is fp32; the result has the
-    shape and dtype of x. Raises ValueError for an odd C or a norm_weight of another size.
+    shape and dtype of x. Raises ValueError for an odd C or a norm_weight of another size, or for what the Triton
+    kernels do not do: fp64, heads wider than 256, a norm over more than 8192.
     """
     H, C = x_BSHC.shape[-2:]
     if C % 2:
         raise ValueError(f"rope: the head width must be even, not {C}")
+    if backend == "triton":
+        return _triton_rope(x_BSHC, position_BS, theta, norm_weight, eps)
     if norm_weight is not None:
         x_BSHC = _norm(x_BSHC, norm_weight, eps, H, C)
     return _Rotate.apply(x_BSHC, *rotation(position_BS, theta, C, x_BSHC.dtype))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _triton_rope(
+    x_BSHC: torch.Tensor, position_BS: torch.Tensor, theta: float, norm_weight: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    from .triton import MOST_NORM_WIDTH, MOST_WIDTH, rope_forward
+
+    H, C = x_BSHC.shape[-2:]
+    norm_width = C if norm_weight is None else norm_weight.numel()
+    if norm_width not in (C, H * C):
+        raise _wrong_weight(norm_width, H, C)
+    if x_BSHC.dtype not in (torch.float32, torch.bfloat16, torch.float16) or C > MOST_WIDTH:
+        raise ValueError(
+            f"the Triton rope takes fp32, bf16 and fp16 and heads up to {MOST_WIDTH} wide, got {x_BSHC.dtype} and {C}: "
+            "use kernels=torch"
+        )
+    if norm_width > MOST_NORM_WIDTH:
+        raise ValueError(f"the Triton rope norms a width up to {MOST_NORM_WIDTH}, not {norm_width}: use kernels=torch")
+    frequency_Z = _frequencies(theta, C, torch.float32, x_BSHC.device)
+    out_BSHC: torch.Tensor = rope_forward(x_BSHC, position_BS, frequency_Z, norm_weight, eps)[0]
+    return out_BSHC
 
 
 def rotation(position_BS: torch.Tensor, theta: float, C: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [B, S, 1, Z] of the angles for activations of `dtype`, which all layers may share."""
     # Angles are taken in fp32 at least and never in the activations' dtype: bf16 cannot tell position 256 from 257.
     wide = torch.promote_types(dtype, torch.float32)
-    frequency_Z = theta ** (torch.arange(0, C, 2, dtype=wide, device=position_BS.device) / -C)
+    frequency_Z = _frequencies(theta, C, wide, position_BS.device)
     angle_BS1Z = (position_BS[..., None] * frequency_Z)[:, :, None]
     return angle_BS1Z.cos(), angle_BS1Z.sin()
+
+
+def _frequencies(theta: float, C: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return theta ** (torch.arange(0, C, 2, dtype=dtype, device=device) / -C)
 
 
 def rotate(
@@ -60,9 +90,11 @@ def _norm(x_BSHC: torch.Tensor, weight: torch.Tensor, eps: float, H: int, C: int
         return rms_norm(x_BSHC, weight, eps)
     if weight.numel() == H * C:
         return rms_norm(x_BSHC.flatten(-2), weight, eps).view(x_BSHC.shape)
-    raise ValueError(
-        f"rope: norm_weight must have {C} (per head) or {H * C} (whole width) elements, not {weight.numel()}"
-    )
+    raise _wrong_weight(weight.numel(), H, C)
+
+
+def _wrong_weight(size: int, H: int, C: int) -> ValueError:
+    return ValueError(f"rope: norm_weight must have {C} (per head) or {H * C} (whole width) elements, not {size}")
 
 
 def _rotate(x_BSHC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:

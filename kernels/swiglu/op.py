@@ -8,18 +8,31 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ..backend import Backend
 
-def swiglu(gate_up_TG: torch.Tensor) -> torch.Tensor:
+
+def swiglu(gate_up_TG: torch.Tensor, *, backend: Backend = "torch") -> torch.Tensor:
     """`silu(gate) * up` (Shazeer 2020, arXiv:2002.05202).
 
     gate_up_TG [..., 2F], any float dtype: the first F columns are the gate, the rest up. Returns [..., F], same dtype.
-    Raises ValueError if the last dimension is odd.
+    Raises ValueError if the last dimension is odd, or for fp64 with Triton.
     """
     if gate_up_TG.shape[-1] % 2:
         raise ValueError(
             f"swiglu: the last dimension holds gate and up halves and must be even, not {gate_up_TG.shape[-1]}"
         )
+    if backend == "triton":
+        return _triton_swiglu(gate_up_TG)
     return _Swiglu.apply(gate_up_TG)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _triton_swiglu(gate_up_TG: torch.Tensor) -> torch.Tensor:
+    from .triton import swiglu_of
+
+    if gate_up_TG.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the Triton SwiGLU takes fp32, bf16 and fp16, not {gate_up_TG.dtype}: use kernels=torch")
+    act_TF: torch.Tensor = swiglu_of(gate_up_TG)
+    return act_TF
 
 
 def swiglu_forward(gate_up_TG: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ def test_the_table_is_printed_and_kept(tmp_path, capsys):
 
 def test_mistakes_are_one_line(capsys):
     for override, message in {
-        "suite=speed": "compile, moe, got 'speed'",
+        "suite=speed": "moe, norm, loss, attention, got 'speed'",
         "train.rounds=0": "train: rounds must be at least 1, got 0",
         "router=rre train.peers=[eager]": "peers are Mixtrals",
     }.items():

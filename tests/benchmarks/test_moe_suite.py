@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from sigmoe.benchmarks.moe import OURS, MoeBenchSettings, check_outputs, speed_ratios
-from sigmoe.benchmarks.moe_layer import Layer, MoeShape, build_layer, draw
-from sigmoe.benchmarks.moe_worker import MoeAnswer, kept_bytes
+from sigmoe.benchmarks.moe import COLUMNS, OURS, Case, MoeBenchSettings, check_outputs, rows_of
+from sigmoe.benchmarks.moe_layer import MoeShape, build_layer, draw
+from sigmoe.benchmarks.passes import PassAnswer, kept_bytes, speed_ratios
 from sigmoe.launch.main import main
 
 SHAPE = MoeShape(tokens=12, dim=16, expert_dim=32, experts=4, top_k=2)
@@ -34,11 +34,23 @@ def test_what_must_be_moved():
     assert SHAPE.forward_flops == 6 * R * D * F
 
 
+def test_tile_efficiency():
+    # By hand: 200 rows of the first expert take 2 blocks of 128, 1 to 128 rows of another take 1.
+    shape = MoeShape(tokens=200, dim=16, expert_dim=16, experts=4, top_k=2)
+    count_E = shape.count("hot").tolist()
+    assert count_E[0] == 200 and sum(count_E) == 400 and all(0 < count <= 128 for count in count_E[1:])
+    assert shape.tile_efficiency("hot") == 400 / (5 * 128)
+    taken = [PassAnswer(forward=(1.0,), backward=(1.0,))]
+    rounds = {OURS: taken, "dense": taken, "machine": [PassAnswer(matmul_rate=1.0, copy_rate=1.0)]}
+    rows = rows_of(Case(shape=shape, load="hot", allocator="raised"), rounds, 4)
+    assert [dict(zip(COLUMNS, row, strict=True))["tiles"] for row in rows] == ["62%", ""]
+
+
 def test_contenders_compute_the_same():
     pytest.importorskip("transformers")
     inputs = draw(SHAPE, "uniform", CPU, torch.float32)
     results = {}
-    for name in ("sigmoe", "eager", "grouped_mm"):
+    for name in ("sigmoe", "grouped_linear", "eager", "grouped_mm"):
         layer = build_layer(name, inputs)
         out = layer.forward()
         results[name] = [out, *torch.autograd.grad(out, layer.leaves, torch.ones_like(out))]
@@ -50,23 +62,28 @@ def test_contenders_compute_the_same():
 def test_what_a_forward_keeps():
     # Whole allocations, each once: the factor, of which a half is used, and the answer of exp. Weights do not count.
     weights, factor = torch.arange(6.0, requires_grad=True), torch.arange(8.0)
-    layer = Layer(forward=lambda: (weights[:4] * factor[:4]).exp(), leaves=(factor, factor, weights))
-    assert kept_bytes(layer) == 4 * 4
-    layer = Layer(forward=layer.forward, leaves=(factor, weights, weights))
-    assert kept_bytes(layer) == 4 * (8 + 4)
+
+    def forward():
+        return (weights[:4] * factor[:4]).exp()
+
+    assert kept_bytes(forward, [factor, weights]) == 4 * 4
+    assert kept_bytes(forward, [weights]) == 4 * (8 + 4)
 
 
 def test_a_different_output_is_refused():
-    rounds = {OURS: [MoeAnswer(norm=2.0)], "eager": [MoeAnswer(norm=2.00001)], "dense": [MoeAnswer(norm=9.0)]}
+    rounds = {OURS: [PassAnswer(norm=2.0)], "eager": [PassAnswer(norm=2.00001)], "dense": [PassAnswer(norm=9.0)]}
     check_outputs(rounds, "cpu")
     for norm in (2.1, float("nan")):
         with pytest.raises(OSError, match="eager computes something else"):
-            check_outputs(rounds | {"eager": [MoeAnswer(norm=norm)]}, "cpu")
+            check_outputs(rounds | {"eager": [PassAnswer(norm=norm)]}, "cpu")
 
 
 def test_ratios_are_taken_inside_each_round():
-    ours = [MoeAnswer(forward=(1.0, 1.0, 9.0), backward=(2.0, 2.0, 2.0)), MoeAnswer(forward=(10.0,), backward=(20.0,))]
-    peer = [MoeAnswer(forward=(2.0,), backward=(8.0,)), MoeAnswer(forward=(20.0,), backward=(80.0,))]
+    ours = [
+        PassAnswer(forward=(1.0, 1.0, 9.0), backward=(2.0, 2.0, 2.0)),
+        PassAnswer(forward=(10.0,), backward=(20.0,)),
+    ]
+    peer = [PassAnswer(forward=(2.0,), backward=(8.0,)), PassAnswer(forward=(20.0,), backward=(80.0,))]
     assert speed_ratios(ours, peer) == pytest.approx((2, 4, 10 / 3))
 
 

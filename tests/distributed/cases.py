@@ -1,10 +1,12 @@
 """The layouts that are compared with one process: models, batches, one step's gradients. Used on both sides."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import torch
 from objective import fractions, objective, sum_over_layers
 
+from sigmoe.kernels.backend import TORCH, Backends
 from sigmoe.moe.batch import IGNORED, Batch
 from sigmoe.moe.config import ModelConfig, RouterConfig
 from sigmoe.moe.initialize import draw
@@ -38,6 +40,7 @@ class Case:
     changes: dict = dataclasses.field(default_factory=dict)
     unlabelled: tuple[int, ...] = ()  # sequences without a label
     wide: bool = False  # float64 parameters and activations (gates stay fp32)
+    backends: Backends = TORCH  # of the layout; the one process computes with torch
 
     @property
     def name(self):
@@ -46,6 +49,7 @@ class Case:
         router = self.router
         kind = f"{router.name}{router.top_k}-{router.balance}-{router.balance_scope}-{router.capacity_factor}"
         marks = f"{self.recompute}{'-padding' * bool(self.unlabelled)}{'-wide' * self.wide}"
+        marks += "-triton" * (self.backends != TORCH)
         return f"{layout}-{kind}-micro{self.micro}-{marks}-{extra}"
 
     @property
@@ -153,6 +157,21 @@ LAYOUTS = {
 }
 
 
+# All Triton kernels: with experts apart and a capacity that drops pairs, and with everything cut by tensor ranks.
+_EVERY = Backends(**dict.fromkeys((field.name for field in dataclasses.fields(Backends)), "triton"))
+TRITON = [
+    Case(
+        world=2,
+        micro=4,
+        router=dataclasses.replace(GLOBAL, **CAPACITY),
+        changes={"dim": 48, "expert_dim": 32, **changes},  # of the experts here a multiple of 16; no gate near a tie
+        backends=_EVERY,
+        **layout,
+    )
+    for layout, changes in (({"ep": 2}, {}), ({"tp": 2}, {"qk_norm": "head", "sliding_window": 3}))
+]
+
+
 def cases(world, everything):
     """Cases of a world size: `everything`, or of each layout some, so that each kind of model meets most layouts.
 
@@ -163,7 +182,7 @@ def cases(world, everything):
         fitting = [case for case in _pairs(world, **layout) if fits(case)]
         some = sorted({(number + shift) % len(fitting) for shift in (0, 2, 5)})
         found += fitting if everything else [fitting[place] for place in some]
-    return found
+    return found + [case for case in TRITON if case.world == world and find_spec("triton") is not None]
 
 
 def fits(case):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import cases
 
+from sigmoe.kernels.backend import TORCH
+
 EVERYTHING = os.environ.get("SIGMOE_PARITY") == "all"
 ALL = [pytest.param(case, id=case.name) for world in (2, 4) for case in cases(world, EVERYTHING)]
 pytestmark = pytest.mark.timeout(1600 if EVERYTHING else 300)
@@ -42,7 +44,8 @@ def test_a_step_equals_one_process(case, results, single):
     for name, value in one.values.items():
         assert torch.equal(assembled(ranks, "value", name), value), name
     worst = {name: error(assembled(ranks, "gradient", name), one.gradients[name]) for name in one.gradients}
-    assert {name: value for name, value in worst.items() if value > 1e-6} == {}
+    bound = 1e-6 if case.backends == TORCH else 3e-6  # the one process's kernels are torch's, which sum otherwise
+    assert {name: value for name, value in worst.items() if value > bound} == {}
     assert max(answer["padding"] for answer, _ in ranks) == 0
     once = [answer for answer, _ in ranks if answer["counts_once"]]
     for key, value in one.sums.items():

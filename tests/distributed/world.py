@@ -48,7 +48,7 @@ def run_case(case, folder, number):
         config, registry, parallel, world_size=case.world, global_batch=SEQUENCES, micro_batch=case.micro
     )
     mesh = mesh_of(case.tp, case.ep, parallel.expert_tp)
-    model = parallelize(config, registry, mesh, parallel, seed=0, device=torch.device("cpu"))
+    model = parallelize(config, registry, mesh, parallel, seed=0, device=torch.device("cpu"), backends=case.backends)
     sharding = Sharding(config, registry, mesh)
     with torch.no_grad():
         for shard in sharding.all(model).values():

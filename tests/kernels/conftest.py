@@ -52,6 +52,22 @@ def assert_agrees() -> Callable[[Function, Function, list[torch.Tensor]], None]:
 
 
 @pytest.fixture
+def assert_as_good_as() -> Callable[[Function, Function, Function, list[torch.Tensor]], None]:
+    """Assert that an operation on half-precision inputs is near its reference, and not far behind another's error."""
+
+    def check(op: Function, other: Function, reference: Function, inputs: list[torch.Tensor]) -> None:
+        got, again, theirs = _run(op, inputs, seed=1), _run(op, inputs, seed=1), _run(other, inputs, seed=1)
+        want = _run(reference, [x.double() for x in inputs], seed=1)
+        for part, bound in enumerate((5e-3, 1e-2)):
+            for one, same, peer, exact in zip(got[part], again[part], theirs[part], want[part], strict=True):
+                assert one.dtype == inputs[0].dtype
+                assert _error(one, exact) < min(bound, 1.5 * _error(peer, exact))
+                assert torch.equal(one, same)
+
+    return check
+
+
+@pytest.fixture
 def device() -> torch.device:
     """Where Triton's kernels run: on a GPU, or interpreted on a CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,7 @@ def labels(T, V, ignored=0.3):
 def chunks(request, monkeypatch):
     """The same answers whether a chunk holds all tokens or a few."""
     if request.param == "many chunks":
-        monkeypatch.setattr(op, "_CHUNK_ELEMENTS", 200)
+        monkeypatch.setattr(op, "chunk_size", lambda V, D, device: max(200 // V, 1))
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

@@ -58,6 +58,20 @@ def test_half_precision(assert_agrees, device, dtype):
     )
 
 
+def test_strides_do_not_matter(assert_agrees, device):
+    where = routing(device, 5, 2)
+    assert_agrees(
+        lambda x: permute(x.t(), where, 2, backend="triton").t().flatten()[::2],
+        lambda x: permute_reference(x.t(), where, 2).t().flatten()[::2],
+        [torch.randn(6, 5, device=device)],
+    )
+    assert_agrees(
+        lambda r, w: combine(r.t(), w.t(), where, backend="triton").t().flatten()[::2],
+        lambda r, w: combine_reference(r.t(), w.t(), where).t().flatten()[::2],
+        [torch.randn(6, 10, device=device), torch.randn(2, 5, device=device)],
+    )
+
+
 def test_a_dropped_pair_cannot_bring_nan(device):
     where = positions(
         torch.zeros(1, 2, 1, dtype=torch.int64, device=device), 1, capacity_B=torch.tensor([1], device=device)

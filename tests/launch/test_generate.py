@@ -101,6 +101,13 @@ def test_tokens_are_counted_where_no_text_is_streamed(say, monkeypatch):
     assert "4/4" not in say("prompt=sail the", *words)[2]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares the interpreter with torch on a CPU")
+def test_triton_writes_the_same_text(say):
+    pytest.importorskip("triton")
+    words = ["prompts=[sail the,bake a cake]", "domain=ships", "max_tokens=3"]
+    assert say(*words, "kernels=triton")[1] == say(*words)[1]
+
+
 def test_a_model_that_transformers_reads(dataset, say, tmp_path):
     out = tmp_path / "mixtral"
     router = ["router=top_k", "router.num_experts=2"]

@@ -7,35 +7,49 @@ import torch
 import yaml
 
 from sigmoe.kernels.backend import TORCH, Backends
+from sigmoe.launch import kernel_choice
 from sigmoe.launch.kernel_choice import backends_note, choose_backends
 from sigmoe.launch.train_config import TrainConfig
 from sigmoe.moe.storage.checkpoint import open_checkpoint
 
-ROUTERS = {
-    "top_k": ["router=top_k", "router.num_experts=3", "router.capacity_factor=0.8", "~router.sets"],
-    "domain_top_k": ["router=domain_top_k", "router.balance=bias"],
-    "rre": ["router=rre"],
+MODELS = {
+    "top_k": [
+        "model.qk_norm=head",
+        "router=top_k",
+        "router.num_experts=3",
+        "router.capacity_factor=0.8",
+        "router.balance=bias",
+        "~router.sets",
+    ],
+    "domain_top_k": ["router=domain_top_k"],
+    "rre_over_dense": [
+        "router=rre",
+        "model.num_layers=2",
+        "model.sparse_layers=upper:1",
+        "model.qk_norm=width",
+        "model.sliding_window=3",
+    ],
 }
-SMALL = ["steps=3", "global_batch=2", "sequence_length=5", "evaluate.tokens=5", "model.num_layers=1"]
+SMALL = ["steps=2", "global_batch=2", "sequence_length=5", "evaluate.tokens=5", "model.num_layers=1"]
 
 
 def ran(folder):
     """Losses, norms, balance losses and drops of every step, and the weights after the last."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "grad_norm" in row]
-    reader = open_checkpoint(folder / "checkpoints" / "step-00000003").model
+    reader = open_checkpoint(folder / "checkpoints" / "step-00000002").model
     figures = [[row[key] for key in ("loss", "grad_norm", "aux_loss", "z_loss", "dropped")] for row in steps]
     return torch.tensor(figures), {name: reader.read(name) for name in reader.names()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares the interpreter with torch on a CPU")
-@pytest.mark.parametrize("router", ROUTERS)
-def test_training_steps_equal_those_of_torch(train, tmp_path, router):
+@pytest.mark.parametrize("model", MODELS)
+def test_training_steps_equal_those_of_torch(train, tmp_path, model):
     pytest.importorskip("triton")
     for kernels in ("torch", "triton"):
-        assert train(*ROUTERS[router], *SMALL, f"kernels={kernels}", f"out={kernels}") == 0
+        assert train(*SMALL, *MODELS[model], f"kernels={kernels}", f"out={kernels}") == 0
     (want, want_weights), (got, got_weights) = ran(tmp_path / "torch"), ran(tmp_path / "triton")
-    assert len(want) == 3 and (router != "top_k" or want[:, -1].sum() > 0)
+    assert len(want) == 2 and (model != "top_k" or want[:, -1].sum() > 0)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
     assert got_weights.keys() == want_weights.keys()
     for name, weight in want_weights.items():
@@ -58,6 +72,8 @@ def test_what_cannot_run_is_one_line(train, tmp_path, capsys, monkeypatch):
         "kernels=triton precision=fp64": "precision=fp64 takes kernels=torch",
         "kernels=triton model.expert_dim=24": "model.expert_dim=24: kernels=triton takes multiples of 16",
         "kernels=triton model.head_dim=272": "model.head_dim=272: kernels=triton takes up to 256",
+        "kernels=triton router.sets=17 router.top_k=17": "router.top_k=17: kernels=triton takes up to 16",
+        "kernels=triton router=top_k ~router.sets router.num_experts=4097": "router.num_experts=4097: kernels=triton",
         "kernels=triton precision=bf16 device=cpu": "interpreter computes right in fp32 alone",
     }.items():
         assert train(*overrides.split(), "out=run") == 2
@@ -68,6 +84,17 @@ def test_what_cannot_run_is_one_line(train, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "set TRITON_INTERPRET=1, or use kernels=torch" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_limits_are_those_of_the_kernels():
+    pytest.importorskip("triton")
+    from sigmoe.kernels.gate.triton import MOST_CHOICES, MOST_EXPERTS
+    from sigmoe.kernels.norm.triton import MOST_WIDTH as MOST_DIM
+    from sigmoe.kernels.rope.triton import MOST_NORM_WIDTH, MOST_WIDTH
+
+    assert (kernel_choice.MOST_CHOICES, kernel_choice.MOST_EXPERTS) == (MOST_CHOICES, MOST_EXPERTS)
+    assert (kernel_choice.MOST_DIM, kernel_choice.MOST_QK_NORM) == (MOST_DIM, MOST_NORM_WIDTH)
+    assert kernel_choice.MOST_HEAD_WIDTH == MOST_WIDTH
 
 
 def test_auto_is_torch_until_a_kernel_is_verified_on_a_gpu(train, tmp_path, monkeypatch):
