@@ -35,6 +35,7 @@ ON_A_GPU = (
     (32768, 4096, 1024, 128, 8),
 )
 GPU_PEERS = {"liger": "liger_kernel", "moe_ops": "moe_ops"}
+_PEERS = ("grouped_linear", "grouped_mm", "eager", "dense")
 COLUMNS = (
     *("contender", "tokens, D, F, E, K", "load", "malloc", "forward ms", "backward ms"),
     *("sigmoe is, forward", "backward", "both", "TFLOP/s", "of limit", "tiles", "kept MB", "peak MB"),
@@ -51,13 +52,15 @@ class MoeBenchSettings:
     steps: int = 4  # passes a round
     warmup: int = 5  # passes
     threads: int = 2
-    peers: tuple[str, ...] = ("grouped_linear", "grouped_mm", "eager", "dense")
+    peers: tuple[str, ...] = _PEERS
     allocators: tuple[Literal["default", "raised"], ...] = ("default", "raised")
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "threads", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not set(self.peers) <= set(_PEERS):
+            raise ValueError(f"peers must be of {', '.join(_PEERS)}, got {list(self.peers)}")
         if not self.loads or not self.allocators:
             raise ValueError("loads and allocators must not be empty")
 

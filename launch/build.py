@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.backend import Backends
 from ..moe.data.dataset import Dataset
 from ..moe.domains import DomainRegistry
 from ..moe.initialize import initialize
@@ -18,7 +19,6 @@ from ..parallel.local import LocalEngine
 from ..parallel.mesh import Axis, Mesh, single_mesh
 from ..parallel.recompute import apply_recompute
 from ..parallel.shards import Sharding
-from .kernel_choice import choose_backends
 from .layout_costs import DTYPES
 from .train_config import TrainConfig
 
@@ -43,12 +43,14 @@ def build_mesh(config: TrainConfig, registry: DomainRegistry, world: Axis) -> Me
 
 
 def build_model(
-    config: TrainConfig, registry: DomainRegistry, dataset: Dataset, mesh: Mesh, device: torch.device
+    config: TrainConfig,
+    registry: DomainRegistry,
+    dataset: Dataset,
+    mesh: Mesh,
+    device: torch.device,
+    backends: Backends,
 ) -> Transformer:
     """Return this rank's part of the model, initial weights drawn, route tables filled from the dataset's counts."""
-    backends = choose_backends(
-        config.kernels, config.model, config.precision, device, expert_tp=config.parallel.expert_tp
-    )
     model: Transformer
     if mesh.world.size == 1:
         with torch.device(device):

@@ -109,7 +109,7 @@ def run(config: Mapping[str, object]) -> None:
         check_files(stored)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[command.precision]
     model = load_model(stored, device=device, dtype=dtype, backends=backends)
-    if note := backends_note(command.kernels, device):
+    if note := backends_note(command.kernels, backends, device):
         notes().print(note)
     domain_ids = choose(command, stored, model, prompts)
     names = [None] * len(texts) if domain_ids is None else [stored.registry.names[id] for id in domain_ids]

@@ -21,32 +21,36 @@ def choose_backends(
 
     `expert_tp`: so many processes share one expert.
     """
-    installed = find_spec("triton") is not None
-    if kernels == "auto" and not installed:
+    if kernels == "torch":
         return TORCH
+    refusal = _refusal(model, precision, device, expert_tp)
+    if refusal is None:
+        return resolve(kernels, device.type)
     if kernels == "triton":
-        if not installed:
-            raise ValueError("kernels=triton, but Triton is not installed: pip install 'sigmoe[gpu]'")
-        _check(model, precision, device, expert_tp)
-    return resolve(kernels, device.type)
+        raise ValueError(refusal)
+    return TORCH
 
 
-def backends_note(kernels: Kernels, device: torch.device) -> str | None:
-    """Say what `auto` leaves to torch on a GPU."""
-    if kernels != "auto" or device.type != "cuda" or VERIFIED:
+def backends_note(kernels: Kernels, backends: Backends, device: torch.device) -> str | None:
+    """Say why `auto` chose torch on a GPU."""
+    if kernels != "auto" or device.type != "cuda" or backends != TORCH:
         return None
+    if VERIFIED:
+        return "kernels=auto: torch, since Triton cannot compute this model here; kernels=triton says why"
     return "kernels=auto: torch, since no Triton kernel has been verified on a GPU yet; kernels=triton runs them"
 
 
-def _check(model: ModelConfig, precision: str, device: torch.device, expert_tp: int) -> None:
-    """Raise ValueError for what Triton does not compute, or not here."""
+def _refusal(model: ModelConfig, precision: str, device: torch.device, expert_tp: int) -> str | None:
+    """Say what Triton does not compute, or not here, and what to change."""
+    if find_spec("triton") is None:
+        return "kernels=triton, but Triton is not installed: pip install 'sigmoe[gpu]'"
     if precision == "fp64":
-        raise ValueError("precision=fp64 takes kernels=torch: the Triton kernels compute in fp32")
+        return "precision=fp64 takes kernels=torch: the Triton kernels compute in fp32"
     for name, size in (("dim", model.dim), ("expert_dim", model.expert_dim)):
         if size % 16:
-            raise ValueError(f"model.{name}={size}: kernels=triton takes multiples of 16, or use kernels=torch")
+            return f"model.{name}={size}: kernels=triton takes multiples of 16, or use kernels=torch"
     if model.expert_dim // expert_tp % 16:
-        raise ValueError(
+        return (
             f"model.expert_dim={model.expert_dim}: kernels=triton takes a multiple of 16 on each of the {expert_tp} "
             "processes of an expert: choose another, set parallel.etp=1, or use kernels=torch"
         )
@@ -60,11 +64,12 @@ def _check(model: ModelConfig, precision: str, device: torch.device, expert_tp: 
         ("router.num_experts", experts, MOST_EXPERTS),
     ):
         if size > most:
-            raise ValueError(f"{name}={size}: kernels=triton takes up to {most}, or use kernels=torch")
+            return f"{name}={size}: kernels=triton takes up to {most}, or use kernels=torch"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
+        return (
             "kernels=triton needs a GPU; on a CPU its kernels run in Triton's interpreter alone, which is slow: "
             "set TRITON_INTERPRET=1, or use kernels=torch"
         )
     if device.type == "cpu" and precision != "fp32":
-        raise ValueError(f"precision={precision}: Triton's interpreter computes right in fp32 alone")
+        return f"precision={precision}: Triton's interpreter computes right in fp32 alone"
+    return None

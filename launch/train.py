@@ -107,7 +107,7 @@ def _go_on(session: Session, *, begun: bool) -> None:
         f"{count.total:,} parameters, {count.active:,} active a token; {len(trainer.dataset.domain_names)} domains; "
         f"{ranks}{trainer.device}, {torch.get_num_threads()} threads; run directory {directory}"
     )
-    if note := backends_note(config.kernels, trainer.device):
+    if note := backends_note(config.kernels, trainer.backends, trainer.device):
         progress.note(note)
     if world.size > 1:
         progress.note(layout_note(config, trainer.registry, mesh, trainer.device.type))

@@ -21,6 +21,7 @@ from ..parallel.mesh import Axis, Mesh, single_mesh
 from .balance_state import BalanceState
 from .build import build_engine, build_model
 from .guard import StepGuard
+from .kernel_choice import choose_backends
 from .schedule import rate_ratio
 from .train_config import TrainConfig
 
@@ -70,7 +71,10 @@ class Trainer:
         sampler = Sampler(config.sample_phases(dataset.domain_names), dataset.domain_names)
         self.loader = BatchLoader(dataset, sampler, config.sequence_length, config.seed)
         self.device = torch.device(pick_device(config.device))
-        self.model = build_model(config, self.registry, dataset, self.mesh, self.device)
+        self.backends = choose_backends(
+            config.kernels, config.model, config.precision, self.device, expert_tp=config.parallel.expert_tp
+        )
+        self.model = build_model(config, self.registry, dataset, self.mesh, self.device, self.backends)
         self.engine = build_engine(config, self.model, self.mesh)
         self._check_phases()
         self.balance = BalanceState(self.model, self.mesh.dp)

@@ -96,7 +96,9 @@ def order(expert_BSK: Tensor, num_experts: int, capacity_B: Tensor | None) -> tu
     upto_EBM = expert_BSK.new_empty(E, B, M, dtype=torch.int32)
     rank_EBM, start_EB = torch.empty_like(upto_EBM), expert_BSK.new_empty(E, B)
     block_E = max(triton.next_power_of_2(E), 2)
-    _histogram[(B * M,)](expert_BSK, upto_EBM, L, M, E=E, TILE=tile, BLOCK_E=block_E)
+    _histogram[(B * M,)](
+        expert_BSK, upto_EBM, L, M, E=E, TILE=tile, BLOCK_E=block_E, num_warps=_histogram_warps(block_E)
+    )
     _scan[(E,)](
         upto_EBM, capacity_B, rank_EBM, start_EB, count_E, B, M, **_scan_blocks(B, M, 1024 if expert_BSK.is_cuda else 4)
     )
@@ -111,6 +113,11 @@ def order(expert_BSK: Tensor, num_experts: int, capacity_B: Tensor | None) -> tu
 def _empty(expert_BSK: Tensor, num_experts: int, capacity_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     (B, S, K), new = expert_BSK.shape, expert_BSK.new_empty
     return new(B * S, K), new(B * S * K), new(num_experts)
+
+
+def _histogram_warps(block_E: int) -> int:
+    """More where the bins would not fit in the registers of four."""
+    return max(block_E // 1024, 4)
 
 
 def _scan_blocks(B: int, M: int, tiles: int) -> dict[str, int]:
@@ -130,8 +137,8 @@ def compile_cases() -> Iterator[CompileCase]:
         title = f"positions {name}"
         return CompileCase(name=title, kernel=kernel, signature=signature, constants=constants, num_warps=num_warps)
 
-    for E in (8, 128, 512):
-        yield case(f"histogram E {E}", _histogram, E=E, TILE=_TILE, BLOCK_E=E)
+    for E in (8, 128, 512, MOST_EXPERTS):
+        yield case(f"histogram E {E}", _histogram, _histogram_warps(E), E=E, TILE=_TILE, BLOCK_E=E)
     yield case("scan, 1 sequence", _scan, **_scan_blocks(1, 1024, 1024))
     yield case("scan, 8 sequences", _scan, **_scan_blocks(8, 128, 1024))
     yield case("place", _place, num_warps=_SORT_WARPS, TILE=_TILE)

@@ -1,5 +1,6 @@
 """`kernels=`: which implementation a training run computes with."""
 
+import dataclasses
 import json
 
 import pytest
@@ -106,11 +107,16 @@ def test_auto_is_torch_until_a_kernel_is_verified_on_a_gpu(train, tmp_path, monk
         return choose_backends(kernels, config.model, "fp32", device)
 
     assert chosen("auto", gpu) == chosen("auto", cpu) == TORCH
-    assert "no Triton kernel has been verified" in backends_note("auto", gpu)
-    assert backends_note("auto", cpu) is None
-    assert backends_note("torch", gpu) is None
+    assert "no Triton kernel has been verified" in backends_note("auto", TORCH, gpu)
+    assert backends_note("auto", TORCH, cpu) is None
+    assert backends_note("torch", TORCH, gpu) is None
     every = chosen("triton", gpu)
     assert set(vars(every).values()) == {"triton"}
     monkeypatch.setattr("sigmoe.kernels.backend.VERIFIED", frozenset({"permute"}))
     assert chosen("auto", gpu) == Backends(permute="triton")
+    assert backends_note("auto", chosen("auto", gpu), gpu) is None
+    odd = dataclasses.replace(config.model, expert_dim=24)
+    assert choose_backends("auto", odd, "fp32", gpu) == TORCH
+    monkeypatch.setattr("sigmoe.launch.kernel_choice.VERIFIED", frozenset({"permute"}))
+    assert "cannot compute this model" in backends_note("auto", TORCH, gpu)
     assert chosen("auto", cpu) == TORCH
