@@ -8,7 +8,7 @@ PROMPT := 'prompt=    def __init__(self' max_tokens=48 temperature=0.5 seed=1
 help: ## this text
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-venv: $(READY) ## a virtual environment in .venv with everything but the distributed extras
+venv: $(READY) ## a virtual environment in .venv with everything: the distributed extras and an mpirun too
 
 # Debian's python3 may come without ensurepip: then the system's pip fills the environment.
 $(READY): pyproject.toml

@@ -125,6 +125,8 @@ def _by_torchrun_or_deepspeed(environment: Mapping[str, str]) -> Cluster | None:
 def _by_srun(environment: Mapping[str, str]) -> Cluster | None:
     """Read srun's step; the shell of sbatch or salloc is none, though it has SLURM_JOB_ID and even SLURM_PROCID=0."""
     if not any(key in environment for key in _STEP[:2]):
+        if environment.get("SLURM_PROCID", "0") != "0":  # a task, though its step's variables are gone
+            _require(environment, ("SLURM_PROCID", *_STEP[:2]), "srun", "use srun")
         return None
     _require(environment, _STEP, "srun", "use srun")
     step, size, rank, local_rank, node, job = _numbers(environment, (*_STEP[:5], "SLURM_JOB_ID"), "srun")

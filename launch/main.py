@@ -91,6 +91,8 @@ def _together(arguments: Sequence[str], cluster: Cluster) -> int:
     except ValueError as error:  # no agreement: all know it
         return _told(arguments, 2, str(error) if cluster.rank == 0 else None)
     code, known = peers.leave(code)
+    if code == 0 and cluster.rank == 0 and "SIGMOE_RUNNING" in os.environ:
+        Path(os.environ["SIGMOE_RUNNING"]).unlink(missing_ok=True)  # mpirun.sh looks whether it is there
     if not known:  # rank 0 knows nothing of it, and may wait for this process
         _told(arguments, code, f"rank {cluster.rank}: {line}")
     if any(thread.daemon for thread in threading.enumerate()):

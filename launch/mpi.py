@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import struct
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -36,11 +37,22 @@ def agree(cluster: Cluster) -> Cluster:
     """Return the cluster with rank 0's address, and the ranks of each machine, which mpirun leaves to MPI.
 
     All call it, before anything else: MPI ends here. Raises ValueError where mpi4py does not fit (`load_mpi`), or rank
-    0 has no address.
+    0 has no address; where MPI itself fails, ends the whole job with a line and code 2.
     """
     if cluster.launcher != "mpirun":
         return cluster
     MPI = load_mpi(cluster, "start with torchrun")
+    try:
+        return _agree(cluster, MPI)
+    except MPI.Exception as error:
+        # The others wait inside MPI, and at exit so would this one.
+        told = f"rank {cluster.rank} on {socket.gethostname()} cannot speak MPI with the others ({error})"
+        print(f"sigmoe train: {told}: has every node a host name of its own?", file=sys.stderr, flush=True)  # noqa: T201
+        MPI.COMM_WORLD.Abort(2)
+        raise
+
+
+def _agree(cluster: Cluster, MPI: Any) -> Cluster:
     machine = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
     found = bytearray(_BYTES)
     if cluster.rank == 0:

@@ -4,6 +4,7 @@ Before anything heavy is built, so that a wrong name, a closed port or a rank th
 minutes and not a hung job after ten.
 """
 
+import errno
 import json
 import socket
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from .console import notes
 from .launcher import Cluster, UnreachableError
 from .lost_peer import plain_words
 
@@ -27,8 +29,10 @@ def open_store(cluster: Cluster, seconds: float) -> Store:
     serving = cluster.rank == 0 and not cluster.launcher_keeps_store
     try:
         left = _wait_for(cluster, seconds, connect=not serving)
+        if serving and not _is_own(cluster):
+            notes().print(f"{_foreign(cluster)} (unless it is forwarded here)")
         store = distributed.TCPStore(  # type: ignore[attr-defined]
-            cluster.address,
+            "127.0.0.1" if serving else cluster.address,  # a wrong address is told, by the roll, without a C++ trace
             cluster.port,
             cluster.size,
             is_master=serving,
@@ -58,7 +62,8 @@ def call_roll(store: Store, cluster: Cluster, seconds: float) -> list[str]:
     if missing:
         raise ValueError(
             f"{cluster.size - len(missing)} of {cluster.size} ranks came to {_place(cluster)} within {seconds:g} s; "
-            f"{_named(missing)} did not: look at what they printed, and {_HINT}"
+            f"{_named(missing)} did not: look at what they printed, and "
+            + (_HINT if cluster.rank > 0 or cluster.launcher_keeps_store or _is_own(cluster) else _foreign(cluster))
         )
     return [host for host in hosts if host is not None]
 
@@ -66,6 +71,7 @@ def call_roll(store: Store, cluster: Cluster, seconds: float) -> list[str]:
 def try_all_reduce(store: Store, cluster: Cluster, device: str, seconds: float) -> None:
     """Sum over all ranks once, in a group that ends with it: its limit is not the run's. Raises ValueError."""
     on_gpu = device == "cuda"
+    start = time.monotonic()
     try:
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -81,7 +87,8 @@ def try_all_reduce(store: Store, cluster: Cluster, device: str, seconds: float) 
             raise ValueError(f"{_who(cluster)}: {cluster.size} ranks added 1 and got {int(total)}")
         distributed.destroy_process_group()
     except RuntimeError as error:
-        told = f"{_who(cluster)} reaches it, but not all other ranks within {seconds:g} s ({plain_words(error)})"
+        waited = f"{time.monotonic() - start:.0f} s"
+        told = f"{_who(cluster)} reaches it, but not all other ranks: it gave up after {waited} ({plain_words(error)})"
         raise ValueError(f"{told}: {_INTERFACES}") from error
 
 
@@ -110,8 +117,9 @@ def _wait_for(cluster: Cluster, seconds: float, *, connect: bool) -> float:
             return max(left, 1)
         except OSError as error:
             if left <= 0:
-                what = "resolve its name" if isinstance(error, socket.gaierror) else "connect"
-                told = f"{_who(cluster)} could not {what} within {seconds:g} s ({error.strerror or error}): {_HINT}"
+                unknown = isinstance(error, socket.gaierror)
+                what, hint = ("resolve its name", "give an address as MASTER_ADDR") if unknown else ("connect", _HINT)
+                told = f"{_who(cluster)} could not {what} within {seconds:g} s ({error.strerror or error}): {hint}"
                 raise UnreachableError(told) from error
         time.sleep(0.2)
 
@@ -128,6 +136,23 @@ def _hosts(store: Store, size: int, seconds: float) -> list[str | None]:
             break
         time.sleep(0.05)
     return hosts
+
+
+def _is_own(cluster: Cluster) -> bool:
+    """Return whether the address is this machine's; where it is not, it may still be forwarded here."""
+    for family, kind, _, _, place in socket.getaddrinfo(cluster.address, 0, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.bind(place)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                return True
+    return False
+
+
+def _foreign(cluster: Cluster) -> str:
+    return f"{cluster.address} is no address of {socket.gethostname()}, where rank 0 is: mend MASTER_ADDR"
 
 
 def _place(cluster: Cluster) -> str:

@@ -14,7 +14,9 @@ set -eu
 : "${HOSTFILE:?the path of the hostfile}"
 [ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE is no file" >&2; exit 2; } # deepspeed would start this node alone
 
-source "${VENV:-.venv}/bin/activate"
+venv="${VENV:-.venv}"
+[ -f "$venv/bin/activate" ] || { echo "no virtual environment $venv here: make one, or give VENV=its folder" >&2; exit 2; }
+source "$venv/bin/activate"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0   # where the default route is not the nodes' fast network
 

@@ -17,7 +17,9 @@
 #SBATCH --signal=B:USR1@300
 # Five minutes before the time is up (--signal) the run saves and ends; then the job goes back into the queue.
 
-source "${VENV:-.venv}/bin/activate"
+venv="${VENV:-.venv}"
+[ -f "$venv/bin/activate" ] || { echo "no virtual environment $venv here: make one, or give VENV=its folder" >&2; exit 2; }
+source "$venv/bin/activate"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0   # where the default route is not the nodes' fast network
 

@@ -81,6 +81,17 @@ def test_mpiruns_script(tiny, tmp_path, alone):
     check(tmp_path, alone, "mpirun", [mpirun_here(tmp_path, *tiny, "out=run")], hosts=1)
 
 
+@needs_mpi
+def test_mpiruns_script_saves_when_it_is_told_to_end(tiny, tmp_path):
+    """mpirun by itself would kill its ranks."""
+    job = mpirun_here(tmp_path, *tiny, "steps=5000", "evaluate.tokens=64", "out=run")
+    wait_for(job, "step 3 ")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.words[-3000:]
+    assert "stopped at step " in job.words
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
 def test_torchruns_script_over_two_nodes(tiny, tmp_path, alone, nodes):
     jobs = [torchrun(nodes, node, tmp_path, *tiny, "out=run") for node in range(2)]
     check(tmp_path, alone, "torchrun", jobs, hosts=2)

@@ -83,6 +83,11 @@ def test_without_a_launcher_there_is_one_process():
     assert find_cluster(SRUN | {"SLURM_STEP_ID": "4294967290"}) is None
 
 
+def test_a_task_of_slurm_without_its_step_is_refused():
+    with pytest.raises(ValueError, match="SLURM_PROCID is set, as by srun, but SLURM_STEP_ID is not: use srun"):
+        find_cluster({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
+
+
 def test_a_launcher_of_one_process_is_none():
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert find_cluster(TORCHRUN | alone) is None

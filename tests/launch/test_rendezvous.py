@@ -60,7 +60,7 @@ def test_who_never_came_is_named_to_who_came(port):
         ),
         (
             {"address": "no.such.host.invalid"},
-            r"no.such.host.invalid:\d+, and rank 1 on \S+ could not resolve its name",
+            r"no.such.host.invalid:\d+, and rank 1 .* could not resolve its name .*: give an address as MASTER_ADDR\Z",
         ),
     ],
 )
@@ -76,6 +76,16 @@ def test_a_port_that_is_taken_is_told(port):
         other.listen()
         with pytest.raises(UnreachableError, match=rf"127.0.0.1:{port}, and rank 0 .* cannot serve it .*MASTER_PORT"):
             open_store(member(0, 2, port), 2)
+
+
+def test_rank_0_says_at_once_that_the_address_is_not_its_own(port, capfd):
+    heard = come(member(0, 2, port, address="192.0.2.1"), 0.5)[1]  # nobody's address (RFC 5737)
+    mend = f"192.0.2.1 is no address of {socket.gethostname()}, where rank 0 is: mend MASTER_ADDR"
+    noted = capfd.readouterr()
+    assert f"{mend} (unless it is forwarded here)" in " ".join((noted.out + noted.err).split())
+    assert str(heard) == (
+        f"1 of 2 ranks came to 192.0.2.1:{port} within 0.5 s; rank 1 did not: look at what they printed, and {mend}"
+    )
 
 
 def test_ranks_that_torchrun_starts_again_do_not_meet_their_ghosts(port):
