@@ -32,8 +32,12 @@ def choose_backends(
 
 
 def backends_note(kernels: Kernels, backends: Backends, device: torch.device) -> str | None:
-    """Say why `auto` chose torch on a GPU."""
-    if kernels != "auto" or device.type != "cuda" or backends != TORCH:
+    """Say where Triton computes, and why `auto` chose torch on a GPU."""
+    if backends != TORCH:
+        names = ", ".join(name for name, backend in vars(backends).items() if backend == "triton")
+        here = "" if device.type == "cuda" else "; interpreted on this CPU, a step may take minutes"
+        return f"Triton kernels: {names}{here}"
+    if kernels != "auto" or device.type != "cuda":
         return None
     if VERIFIED:
         return "kernels=auto: torch, since Triton cannot compute this model here; kernels=triton says why"

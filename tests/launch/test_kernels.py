@@ -112,9 +112,12 @@ def test_auto_is_torch_until_a_kernel_is_verified_on_a_gpu(train, tmp_path, monk
     assert backends_note("torch", TORCH, gpu) is None
     every = chosen("triton", gpu)
     assert set(vars(every).values()) == {"triton"}
+    assert backends_note("triton", every, cpu).endswith(
+        "linear_cross_entropy; interpreted on this CPU, a step may take minutes"
+    )
     monkeypatch.setattr("sigmoe.kernels.backend.VERIFIED", frozenset({"permute"}))
     assert chosen("auto", gpu) == Backends(permute="triton")
-    assert backends_note("auto", chosen("auto", gpu), gpu) is None
+    assert backends_note("auto", chosen("auto", gpu), gpu) == "Triton kernels: permute"
     odd = dataclasses.replace(config.model, expert_dim=24)
     assert choose_backends("auto", odd, "fp32", gpu) == TORCH
     monkeypatch.setattr("sigmoe.launch.kernel_choice.VERIFIED", frozenset({"permute"}))
